@@ -1,0 +1,334 @@
+"""What every script needs around the method: polite errors, device and precision, processes, the run directory, the training loop.
+
+Nothing here knows about speech. A reader of the method can skip this page; a reader who wants to know what happens between
+`loss.backward()` and `best.pt` finds it all here, once, for both stages.
+"""
+import contextlib
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Its text is one line that names the cause and the cure."""
+
+
+def polite(main):
+    """Turn a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130; bugs keep their traceback."""
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        script = Path(sys.modules[main.__module__].__file__).name
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            print(f"{script}: error: {error}", file=sys.stderr)
+            return 2
+        except torch.OutOfMemoryError as error:
+            print(f"{script}: error: out of GPU memory; lower --batch-seconds ({str(error).splitlines()[0]})", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{script}: interrupted", file=sys.stderr)
+            return 130
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return wrapper
+
+
+# ---------------------------------------------------------------------------- device, precision, processes
+
+def choose_device(name=None):
+    """-> (device, autocast dtype, one line that says what was chosen and why)."""
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if name in (None, "auto"):
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = "the best that this machine has"
+    else:
+        why = "as --device says"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    precision = "bfloat16 autocast, float32 weights" if bf16 else "float32"
+    return device, dtype, f"device {device} ({why}), {precision}, {torch.get_num_threads()} CPU threads"
+
+
+def start_processes(device):
+    """Join the process group if torchrun started us. -> (rank, number of processes)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return (dist.get_rank(), world) if world > 1 else (0, 1)
+
+
+def autocast(device, dtype):
+    """Mixed precision where the device has it, nothing elsewhere."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------------------- options that mean the same everywhere
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def add_training_options(parser, out, steps):
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, default=steps, help="updates to make (default %(default)s)")
+    group.add_argument("--minutes", type=float, help="stop after this many minutes of training instead of after --steps")
+    group.add_argument("--batch-seconds", type=float, default=24, help="seconds of audio a batch, padding included, per process; lower it if "
+                       "you run out of memory, 300-800 suits a large GPU (default %(default)s)")
+    group.add_argument("--accumulate", type=int, default=1, help="batches per update: k times the batch in the memory of one")
+    group.add_argument("--warmup", type=float, default=0.1, help="share of the budget in which the learning rate rises (default %(default)s)")
+    group.add_argument("--clip", type=float, default=5.0, help="largest gradient norm (default %(default)s)")
+    group.add_argument("--eval-every", type=int, help="updates between evaluations (default: a tenth of --steps)")
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("machine and files")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument("--workers", type=int, default=min(4, max(1, (os.cpu_count() or 1) - 1)), help="processes that read audio (default %(default)s)")
+    group.add_argument("--out", type=Path, default=Path(out), help="run directory (default %(default)s)")
+    group.add_argument("--overwrite", action="store_true", help="start anew even if --out holds a run")
+
+
+# These say where and how fast, not what is learned: a run may be continued with others.
+FREE_OPTIONS = {"device", "workers", "out", "overwrite"}
+
+
+class Run:
+    """A run directory: `last.pt` to go on from, `best.pt` to use, `log.jsonl`, the command line.
+
+    The same command again continues; a finished run is left alone; other arguments are named and refused.
+    """
+
+    def __init__(self, args, rank, load_checkpoint, save_checkpoint):
+        self.args, self.rank, self.out, self.save_checkpoint = args, rank, args.out, save_checkpoint
+        self.settings = {k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in vars(args).items() if k not in FREE_OPTIONS}
+        self.state = None
+        last = self.out / "last.pt"
+        if args.overwrite and rank == 0:
+            for name in ("last.pt", "best.pt", "log.jsonl"):
+                (self.out / name).unlink(missing_ok=True)
+        if dist.is_initialized():
+            dist.barrier()
+        if last.exists():
+            self.state = load_checkpoint(last)
+            if "progress" not in self.state:
+                raise UserError(f"{last} is not a training state of this script; choose another --out or add --overwrite")
+            old = self.state["progress"]["settings"]
+            changed = [f"--{k.replace('_', '-')} was {old.get(k)}, is {v}" for k, v in self.settings.items() if old.get(k) != v]
+            if changed:
+                raise UserError(f"{self.out} holds a run with other arguments ({'; '.join(changed)}); choose another --out or add --overwrite")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if rank == 0 and self.state is None:
+                (self.out / "command.txt").write_text(" ".join(sys.argv) + "\n")
+                (self.out / "log.jsonl").write_text("")
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.out} ({error.strerror}); choose another folder")
+        if self.state and rank == 0:  # steps after the checkpoint were lost with the interruption: their log lines go too
+            lines = [line for line in (self.out / "log.jsonl").read_text().splitlines() if _step_of(line) <= self.state["progress"]["step"]]
+            (self.out / "log.jsonl").write_text("".join(line + "\n" for line in lines))
+
+    @property
+    def finished(self):
+        return bool(self.state and self.state["progress"]["finished"])
+
+    def log(self, **entry):
+        if self.rank == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def save(self, name, **entries):
+        if self.rank == 0:
+            self.save_checkpoint(self.out / name, **entries)
+
+
+def _step_of(line):
+    try:
+        return json.loads(line).get("step", 0)
+    except json.JSONDecodeError:
+        return math.inf  # a half-written last line
+
+
+# ---------------------------------------------------------------------------- the training loop
+
+def learning_rate(progress, warmup):
+    """Factor in [0, 1]: linear warm-up, then cosine to zero; progress is the share of the budget that is spent."""
+    return progress / warmup if progress < warmup else 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))
+
+
+def average_gradients(parameters, count):
+    """Gradients are sums over utterances or frames: add them over all processes, divide once by the global count.
+
+    Unlike an average of per-process means this is exactly the gradient of one large batch, whatever each process got;
+    gradient accumulation is the same sum. One flat all-reduce keeps it to a few lines.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([count.reshape(1).float()] + [g.reshape(-1) for g in gradients]) if dist.is_initialized() else None
+    if flat is not None:
+        dist.all_reduce(flat)
+        count, parts = flat[0], flat[1:].split([g.numel() for g in gradients])
+        for g, part in zip(gradients, parts):
+            g.copy_(part.view_as(g))
+    for g in gradients:
+        g.div_(count)
+    return count
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask the loop to save and leave; a second one leaves at once."""
+
+    def __enter__(self):
+        self.received, self.old = None, {}
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def handle(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+
+    def __exit__(self, *exception):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank=0, world=1, before_step=None):
+    """Train `student` until the budget of `run.args` is spent. Returns the exit code.
+
+    compute_loss(batch) -> (loss, count, {name: value}): loss is a SUM over `count` things (frames, utterances).
+    evaluate(student) -> ({name: value}, score): lower score is better; it sees the averaged weights.
+    loader.epoch(number, skip) yields batches, the same ones whenever it is asked again: that makes resuming exact.
+    extra: what else a checkpoint of this stage says about itself (config, tokenizer, teachers ...), plain types and tensors.
+    """
+    args, parameters = run.args, [p for p in student.parameters() if p.requires_grad]
+    averaged = {k: v.detach().clone() for k, v in student.state_dict().items()}
+    progress = {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0, "best": math.inf, "finished": False, "settings": run.settings}
+    if run.state:
+        student.load_state_dict(run.state["raw_model"])
+        averaged = {k: v.to(device) for k, v in run.state["model"].items()}
+        optimizer.load_state_dict(run.state["optimizer"])
+        progress = dict(run.state["progress"])
+        print(f"continuing {run.out} at step {progress['step']}")
+    base_rates = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
+
+    def save_last():
+        run.save("last.pt", model=averaged, raw_model=student.state_dict(), optimizer=optimizer.state_dict(),
+                 progress=progress, **extra)
+
+    def evaluation():
+        raw = {k: v.detach().clone() for k, v in student.state_dict().items()}
+        student.load_state_dict(averaged)
+        student.eval()
+        with torch.no_grad():
+            results, score = evaluate(student)
+        student.load_state_dict(raw)
+        student.train()
+        if rank == 0:
+            tqdm.write(f"step {progress['step']}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
+        run.log(step=progress["step"], **results)
+        if score <= progress["best"]:
+            progress["best"] = score
+            run.save("best.pt", model=averaged, results=results, step=progress["step"], **extra)
+
+    student.train()
+    eval_every = args.eval_every or max(1, args.steps // 10)
+    bar = tqdm(total=None if args.minutes else args.steps, initial=progress["step"], desc=run.out.name, unit="step", disable=rank > 0, dynamic_ncols=True)
+    started, before, heard, totals, unreadable = time.time(), progress["seconds"], 0.0, {}, set()
+    saved = started
+    batches = loader.epoch(progress["epoch"], progress["batch"])
+    with StopSignals() as signals:
+        while True:
+            spent = progress["seconds"] / (60 * args.minutes) if args.minutes else progress["step"] / args.steps
+            if spent >= 1:
+                break
+            factor = max(learning_rate(spent, args.warmup), 1e-3)
+            for group, rate in zip(optimizer.param_groups, base_rates):
+                group["lr"] = rate * factor
+            if before_step:
+                before_step(progress["step"])
+            # ---- forward and backward, one batch or several; a step's dropout depends on its number alone, so a resumed run is the same run
+            torch.manual_seed(args.seed * 1_000_003 + progress["step"] * world + rank)
+            optimizer.zero_grad(set_to_none=True)
+            count = torch.zeros((), device=device)
+            for _ in range(args.accumulate):
+                batch = next(batches, None)
+                while batch is None:
+                    progress["epoch"], progress["batch"] = progress["epoch"] + 1, 0
+                    batches = loader.epoch(progress["epoch"], 0)
+                    batch = next(batches, None)
+                progress["batch"] += 1
+                with autocast(device, dtype):
+                    loss, n, parts = compute_loss(batch.to(device))
+                loss.backward()
+                count, heard = count + n, heard + batch.seconds * world
+                for name, value in {"loss": loss.detach() / n, **parts}.items():
+                    totals.setdefault(name, []).append(value.detach())
+            average_gradients(parameters, count)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            if not torch.isfinite(norm):
+                tqdm.write(f"step {progress['step']}: the gradient is not finite, update skipped ({', '.join(batch.ids[:3])} ...)")
+                run.log(step=progress["step"], skipped=batch.ids)
+            else:
+                optimizer.step()
+            progress["step"] += 1
+            progress["seconds"] = before + time.time() - started
+            # ---- averaged weights: an exponential mean whose horizon is a twentieth of the steps so far
+            decay = 1 - 1 / (1 + 0.05 * progress["step"])
+            with torch.no_grad():
+                for name, value in student.state_dict().items():
+                    averaged[name].lerp_(value, 1 - decay) if value.is_floating_point() else averaged[name].copy_(value)
+            # ---- tell
+            bar.update()
+            if progress["step"] % 20 == 0 or progress["step"] == 1:
+                means = {k: torch.stack(v).mean().item() for k, v in totals.items()}
+                speed = heard / (time.time() - started)
+                bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} s of audio/s")
+                run.log(step=progress["step"], lr=base_rates[0] * factor, gradient_norm=norm.item(), audio_per_second=round(speed, 1), **means)
+                totals = {}
+            for problem in set(batch.failed) - unreadable:
+                tqdm.write(f"skipped: {problem}", file=sys.stderr)
+            unreadable.update(batch.failed)
+            if progress["step"] % eval_every == 0:
+                evaluation()
+            if progress["step"] % eval_every == 0 or time.time() - saved > 300:
+                save_last()
+                saved = time.time()
+            if agree(signals.received, device):
+                save_last()
+                bar.close()
+                print(f"stopped by signal {signals.received} at step {progress['step']}; the same command goes on from here")
+                return 128 + (signals.received or signal.SIGTERM)
+        bar.close()
+        if progress["step"] % eval_every:
+            evaluation()
+        progress["finished"] = True
+        save_last()
+    if rank == 0:
+        print(f"{progress['step']} steps in {progress['seconds'] / 60:.1f} minutes; best score {progress['best']:.4g}: {run.out / 'best.pt'}"
+              + (f"; {len(unreadable)} files could not be read" if unreadable else ""))
+    return 0
+
+
+def agree(flag, device):
+    """True on every process as soon as it is true on one: nobody waits for a process that has left."""
+    if not dist.is_initialized():
+        return bool(flag)
+    flag = torch.tensor(float(bool(flag)), device=device)
+    dist.all_reduce(flag)
+    return bool(flag.item())
