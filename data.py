@@ -1,0 +1,426 @@
+"""From files to batches: sources of utterances, audio, log-mel features, augmentation, tokenizer, batches by seconds.
+
+    python data.py download train-clean-100 [--to DIR]     # fetch a part of LibriSpeech; run again to go on after an interruption
+    python data.py check PATH...                                  # read every file of a source and report what is wrong
+
+A source is a LibriSpeech split folder (SPLIT/SPEAKER/CHAPTER/*.flac + .trans.txt), a .jsonl manifest with one
+{"audio_filepath": ..., "text": ..., "duration": ...} a line, an audio file, or any folder of audio.
+"""
+import argparse
+import functools
+import hashlib
+import json
+import math
+import re
+import sys
+import tarfile
+import unicodedata
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import soundfile
+import torch
+import torchaudio
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from run import DEMO, UserError, polite
+
+SAMPLE_RATE = 16_000                       # Hz
+HOP = 160                                  # samples, 10 ms
+WINDOW = 400                               # samples, 25 ms
+SHORTEST, LONGEST = 0.1, 35.0              # seconds of an utterance to train on
+AUDIO = {".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"}
+
+
+# ---------------------------------------------------------------------------- sources
+
+@dataclass(frozen=True)
+class Utterance:
+    id: str
+    path: str
+    seconds: float
+    text: str | None = None                # None: nobody wrote it down
+
+
+def load_utterances(source, transcribed=False):
+    """A source (see above) -> list of Utterance, sorted by id. What cannot be used is skipped, counted and named on stderr.
+
+    transcribed: keep only utterances with text. Raises UserError if nothing is left.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path} (python data.py download train-clean-100 fetches LibriSpeech)")
+    if path.suffix in (".jsonl", ".json"):
+        rows, problems = read_manifest(path)
+    elif path.is_dir():
+        rows, problems = read_folder(path)
+    else:
+        rows, problems = [(path.stem, path, None)], []
+    utterances = []
+    for id, audio, text in tqdm(rows, desc=f"scanning {path.name}", unit="file", leave=False, disable=len(rows) < 2000):
+        try:
+            info = soundfile.info(str(audio))
+            seconds = info.frames / info.samplerate
+        except (soundfile.SoundFileError, OSError, TypeError) as error:
+            problems.append(f"{audio}: {why_unreadable(audio, error)}")
+            continue
+        if transcribed and not normalise(text or ""):
+            problems.append(f"{audio}: no transcript")
+        elif seconds < SHORTEST:
+            problems.append(f"{audio}: {seconds:.2f} s long, shorter than {SHORTEST} s")
+        else:
+            utterances.append(Utterance(id, str(audio), seconds, text))
+    report(problems, f"of {len(rows)} utterances in {path}")
+    if not utterances:
+        raise UserError(f"{path}: no usable {'transcribed ' if transcribed else ''}audio" + (f" (e.g. {problems[0]})" if problems else
+                        f"; expected a LibriSpeech folder, a .jsonl manifest or files ending in {' '.join(sorted(AUDIO))}"))
+    return sorted(utterances, key=lambda u: u.id)
+
+
+def read_folder(folder):
+    """LibriSpeech layout where *.trans.txt files exist, else bare audio. -> rows (id, path, text), problems."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO)
+    text, problems = {}, []
+    for transcript in sorted(folder.rglob("*.trans.txt")):
+        for line in transcript.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+            id, _, words = line.strip().partition(" ")
+            text[transcript.parent / id] = words
+    problems += [f"{path}: named in a .trans.txt, but there is no such audio" for path in sorted(text.keys() - {f.with_suffix("") for f in files})]
+    return [(str(f.relative_to(folder).with_suffix("")), f, text.get(f.with_suffix(""))) for f in files], problems
+
+
+def read_manifest(path):
+    """JSON lines {"audio_filepath", "text"}; relative paths start at the manifest's folder. -> rows (id, path, text), problems."""
+    rows, problems, seen = [], [], Counter()
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            audio, text = path.parent / entry["audio_filepath"], entry.get("text")
+            if text is not None and not isinstance(text, str):
+                raise TypeError("text is not a string")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{path}:{number}: expected {{\"audio_filepath\": ..., \"text\": ...}} ({type(error).__name__}: {error})")
+            continue
+        id = str(entry.get("id", audio.stem))
+        seen[id] += 1
+        rows.append((id if seen[id] == 1 else f"{id}-{number}", audio, text))
+    return rows, problems
+
+
+def why_unreadable(path, error):
+    if not Path(path).exists():
+        return "there is no such file"
+    if Path(path).stat().st_size == 0:
+        return "the file is empty"
+    return f"not readable as audio ({str(error).split(': ')[-1].strip('. ') or type(error).__name__})"
+
+
+def report(problems, where):
+    """What was left out, on stderr: the first few by name, the rest as a number."""
+    for problem in problems[:5]:
+        print(f"skipped: {problem}", file=sys.stderr)
+    if problems:
+        print(f"skipped {len(problems)} {where}" + (": python data.py check PATH names them all" if len(problems) > 5 else ""), file=sys.stderr)
+
+
+def load_sources(sources, transcribed=False, on_error=None):
+    """Several sources -> one list in which each file stands once and each id is unique. on_error(UserError): go on with the next source."""
+    by_id, paths = {}, set()
+    for source in sources:
+        try:
+            found = load_utterances(source, transcribed)
+        except UserError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        for u in found:
+            if u.path not in paths:
+                paths.add(u.path)
+                by_id[u.id if u.id not in by_id else u.path] = u
+    return [replace(u, id=id) for id, u in by_id.items()]
+
+
+def add_source_options(parser, unlabelled):
+    group = parser.add_argument_group("data", "a source is a LibriSpeech split folder, a .jsonl manifest, an audio file or a folder of audio")
+    group.add_argument("--data", nargs="+", metavar="SOURCE", help="transcribed audio (default: the demo's)")
+    if unlabelled:
+        group.add_argument("--unlabelled", nargs="+", metavar="SOURCE", help="more audio, transcripts not needed (default: the demo's, if --data is)")
+    group.add_argument("--dev", nargs="+", metavar="SOURCE", help="audio to evaluate on while training (default: the demo's, or one in twenty of --data, at most 200)")
+    group.add_argument("--speeds", nargs="+", type=float, default=[0.9, 1.0, 1.1], metavar="X", help="speed perturbation: one of these factors per utterance (default 0.9 1.0 1.1)")
+
+
+def load_training_data(args, say, transcribed=False):
+    """Resolve the options above (no --data: the demo) and read them. -> (training utterances, development utterances)"""
+    demo = DEMO / "corpus"
+    sources = list(args.data or [demo / "train"]) + list(getattr(args, "unlabelled", None) or ([demo / "unlabelled"] if hasattr(args, "unlabelled") and not args.data else []))
+    train = load_sources(sources, transcribed)
+    if args.dev or not args.data:
+        dev = load_sources(args.dev or [demo / "dev"], transcribed)
+        clash = {u.path for u in dev}
+        train = [u for u in train if u.path not in clash]
+    else:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+        held = set(order[:min(200, math.ceil(len(train) / 20))])
+        train, dev = [u for i, u in enumerate(train) if i not in held], [u for i, u in enumerate(train) if i in held]
+    long = [u for u in train if u.seconds / min(args.speeds) > min(LONGEST, args.batch_seconds)]
+    report([f"{u.path}: {u.seconds:.0f} s, more than --batch-seconds {args.batch_seconds:g} or {LONGEST:g} s" for u in long], "training utterances")
+    clash = {u.path for u in long}
+    train = [u for u in train if u.path not in clash]
+    if not train or not dev:
+        raise UserError(f"{len(train)} utterances are left to train on and {len(dev)} to evaluate on; give more --data, --dev, or larger --batch-seconds")
+    say(f"training on {summary(train)}; evaluating on {summary(dev)}")
+    return train, dev
+
+
+def summary(utterances):
+    hours = sum(u.seconds for u in utterances) / 3600
+    return f"{len(utterances)} utterances, " + (f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min")
+
+
+# ---------------------------------------------------------------------------- audio and features
+
+def load_audio(path):
+    """-> float32 tensor (S,), mono, 16 kHz. Raises UserError naming the file if it is not readable, empty or not finite."""
+    try:
+        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        raise UserError(f"{path}: {why_unreadable(path, error)}")
+    waveform = torch.from_numpy(samples).mean(dim=1)
+    if not len(waveform):
+        raise UserError(f"{path}: no audio in it")
+    if not torch.isfinite(waveform).all():
+        raise UserError(f"{path}: holds samples that are not numbers (NaN or infinity)")
+    return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+
+
+@functools.cache
+def _mel():
+    return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=512, win_length=WINDOW, hop_length=HOP, f_min=20, n_mels=80,
+                                                pad_mode="constant", norm="slaney", mel_scale="slaney")
+
+
+def log_mel(waveform):
+    """(S,) -> (F, 80), F = S // 160 + 1, frame i centred on i x 10 ms. Shift and scale are constants that bring speech near mean 0,
+    deviation 1: nothing to measure, nothing to store, the same in training and in a stream."""
+    return (torch.log(_mel()(waveform).T + 1e-8) + 11) / 4
+
+
+@functools.cache
+def _speed(factor):
+    return torchaudio.transforms.Speed(SAMPLE_RATE, factor)
+
+
+@functools.cache
+def _spec_augment():
+    return torchaudio.transforms.SpecAugment(n_time_masks=10, time_mask_param=40, n_freq_masks=2, freq_mask_param=27, p=0.05, zero_masking=True)
+
+
+def spec_augment(features):
+    """(F, 80) -> (F, 80): two frequency masks of up to 27 bins, ten time masks of up to 40 frames and 5 % each (arXiv 1904.08779)."""
+    return _spec_augment()(features.T[None])[0].T
+
+
+# ---------------------------------------------------------------------------- text
+
+def normalise(text):
+    """What we train on and score: Unicode NFKC, upper case, no punctuation but the apostrophe, single spaces."""
+    text = unicodedata.normalize("NFKC", text).upper().replace("\u2019", "'")
+    return " ".join(re.sub(r"[^\w\s']|_", " ", text).split())
+
+
+def train_tokenizer(texts, vocab_size, min_frequency):
+    """BPE learned from the training text. Id 0 is the transducer's blank, 1 what was never seen.
+
+    min_frequency: a merge must be seen that often, because a token that occurs a few times cannot be learned: small corpora thereby
+    get small vocabularies by themselves.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.normalizer = normalizers.NFKC()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=["<blank>", "<unk>"], show_progress=False)
+    tokenizer.train_from_iterator((normalise(text) for text in texts), trainer)
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------- batches
+
+@dataclass
+class Batch:
+    ids: list
+    features: torch.Tensor                 # (B, F, 80)
+    feature_lengths: torch.Tensor          # (B,)
+    waveforms: list | None                 # B of (S,), where a teacher wants to listen
+    targets: torch.Tensor | None           # (B, U), padded with 0
+    target_lengths: torch.Tensor | None    # (B,)
+    seconds: float                         # of audio, without padding
+    texts: list | None = None
+    failed: tuple = ()                     # (path, why) of files that could not be read
+
+    def to(self, device):
+        move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+        return Batch(**{name: move(value) for name, value in vars(self).items()})
+
+
+class Loader:
+    """Batches of about equal length, at most `batch_seconds` each (padding counted), read by worker processes.
+
+    Order and augmentation of an utterance depend only on (seed, epoch, utterance): `epoch(3, skip=17)` goes on exactly where an
+    interrupted run stopped, whatever the number of workers.
+    """
+
+    def __init__(self, utterances, batch_seconds, tokenizer=None, waveforms=False, augment=False, speeds=(1.0,), workers=0, seed=0, rank=0, world=1):
+        self.utterances, self.batch_seconds, self.tokenizer = utterances, batch_seconds, tokenizer
+        self.waveforms, self.augment, self.speeds = waveforms, augment, speeds
+        self.workers, self.seed, self.rank, self.world = workers, seed, rank, world
+
+    def batches(self, number):
+        """Lists of utterances of this process. In training shuffled anew each epoch; lengths are jittered so that neighbours change."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        jitter = 1 + (0.2 * torch.rand(len(self.utterances), generator=generator) if self.augment else torch.zeros(len(self.utterances)))
+        slowest, batches, longest = min(self.speeds), [[]], 0.0
+        for i in sorted(range(len(jitter)), key=lambda i: self.utterances[i].seconds * jitter[i].item()):
+            longest = max(longest, self.utterances[i].seconds / slowest)
+            if batches[-1] and longest * (len(batches[-1]) + 1) > self.batch_seconds:
+                batches.append([])
+                longest = self.utterances[i].seconds / slowest
+            batches[-1].append(i)
+        if self.augment:
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+            batches += [batches[i % len(batches)] for i in range(-len(batches) % self.world)]  # every process makes as many steps: nobody waits for ever
+        return batches[self.rank::self.world]
+
+    def epoch(self, number=0, skip=0):
+        dataset = _Dataset(self, number)
+        return iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=self.batches(number)[skip:], num_workers=self.workers,
+                                                prefetch_factor=4 if self.workers else None, worker_init_fn=_quiet_worker))
+
+
+def _quiet_worker(_):
+    torch.set_num_threads(1)
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+
+
+class _Dataset(torch.utils.data.Dataset):
+    def __init__(self, loader, number):
+        self.loader, self.number = loader, number
+
+    def __getitem__(self, indices):
+        loader, waves, features, kept, failed = self.loader, [], [], [], []
+        for i in indices:
+            u = loader.utterances[i]
+            try:
+                waveform = load_audio(u.path)
+            except UserError as error:  # it was readable when the run began; one bad file never ends a run
+                failed.append(str(error))
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed((loader.seed * 1_000_003 + self.number) * 1_000_003 + i)
+                if len(loader.speeds) > 1:
+                    waveform = _speed(loader.speeds[torch.randint(len(loader.speeds), ()).item()])(waveform)[0]
+                mel = log_mel(waveform)
+                waves.append(waveform)
+                features.append(spec_augment(mel) if loader.augment else mel)
+                kept.append(u)
+        if not kept:
+            raise UserError(f"a whole batch could not be read, e.g. {failed[0]}; python data.py check PATH names all bad files")
+        targets = target_lengths = None
+        if loader.tokenizer:
+            labels = [torch.tensor(loader.tokenizer.encode(normalise(u.text)).ids, dtype=torch.long) for u in kept]
+            targets, target_lengths = pad_sequence(labels, batch_first=True), torch.tensor([len(x) for x in labels])
+        return Batch([u.id for u in kept], pad_sequence(features, batch_first=True), torch.tensor([len(f) for f in features]),
+                     waves if loader.waveforms else None, targets, target_lengths, sum(map(len, waves)) / SAMPLE_RATE,
+                     [u.text for u in kept], tuple(failed))
+
+
+# ---------------------------------------------------------------------------- python data.py download | check
+
+def download(part, folder):
+    """Fetch and unpack a part of LibriSpeech (CC BY 4.0); a broken download goes on where it stopped, the checksum is verified."""
+    from torchaudio.datasets.librispeech import _CHECKSUMS
+    sources = {Path(url).name.removesuffix(".tar.gz"): (url, sha) for url, sha in _CHECKSUMS.items()}
+    if part not in sources:
+        raise UserError(f"LibriSpeech has no part {part!r}; choose one of {', '.join(sources)}")
+    url, sha = sources[part]
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "LibriSpeech" / part / ".complete").exists():
+        return print(f"{folder / 'LibriSpeech' / part} is already there")
+    archive = folder / f"{part}.tar.gz.part"
+    have = archive.stat().st_size if archive.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response, open(archive, "ab" if response.status == 206 else "wb") as file:
+            total = int(response.headers.get("Content-Length", 0)) + (have if response.status == 206 else 0)
+            with tqdm(desc=part, total=total, initial=total and file.tell(), unit="B", unit_scale=True) as bar:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing is missing
+            raise UserError(f"{url}: the server says {error.code} {error.reason}; try again later")
+    except OSError as error:
+        raise UserError(f"{url}: {error}; run the same command again to go on from {archive.stat().st_size if archive.exists() else 0} bytes")
+    with open(archive, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha:
+            archive.unlink()
+            raise UserError(f"{archive}: the checksum is wrong and the file was deleted; run the same command again")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    (folder / "LibriSpeech" / part / ".complete").touch()
+    archive.unlink()
+    print(f"{folder / 'LibriSpeech' / part} is ready")
+
+
+def check(sources):
+    """Read every file whole; print what is wrong and what there is. -> number of problems"""
+    problems = 0
+    for source in sources:
+        utterances = load_utterances(source)
+        for u in tqdm(utterances, desc=str(source), unit="file"):
+            try:
+                waveform = load_audio(u.path)
+                if waveform.abs().max() < 1e-4:
+                    raise UserError(f"{u.path}: silence")
+                if u.text is not None and not normalise(u.text):
+                    raise UserError(f"{u.path}: its transcript is empty")
+                if u.seconds > LONGEST:
+                    raise UserError(f"{u.path}: {u.seconds:.0f} s; training uses at most {LONGEST:.0f} s, cut it up")
+            except UserError as error:
+                problems += 1
+                tqdm.write(str(error))
+        rates = sorted(u.seconds for u in utterances)
+        letters = Counter(c for u in utterances for c in normalise(u.text or ""))
+        print(f"{source}: {summary(utterances)}, {rates[0]:.1f} to {rates[-1]:.1f} s (median {rates[len(rates) // 2]:.1f}), "
+              f"{sum(u.text is not None for u in utterances)} transcribed, characters: {''.join(sorted(letters)) or 'none'}")
+    print(f"{problems} problem{'s' * (problems != 1)}")
+    return problems
+
+
+@polite
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("download", help="fetch a part of LibriSpeech")
+    command.add_argument("part", nargs="+", help="dev-clean, test-clean, train-clean-100, ...")
+    command.add_argument("--to", default=".", help="where the folder LibriSpeech/ shall lie (default: here)")
+    command = commands.add_parser("check", help="read every file of a source and report")
+    command.add_argument("source", nargs="+")
+    args = parser.parse_args(argv)
+    if args.command == "download":
+        for part in args.part:
+            download(part, args.to)
+        return 0
+    return 1 if check(args.source) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
