@@ -1,0 +1,119 @@
+"""Stage 2: the pre-trained encoder becomes a neural transducer on transcribed speech.
+
+    python finetune_rnnt.py                                   # the demo, after pretrain_kd.py: minutes on a laptop CPU
+    python finetune_rnnt.py --init none --out exp/scratch     # the baseline without distillation
+    python finetune_rnnt.py --data LibriSpeech/train-clean-100 --dev LibriSpeech/dev-clean --init exp/pretrain-100h \\
+        --steps 40000 --batch-seconds 400 --out exp/finetune-100h                                    # one GPU
+    torchrun --nproc_per_node 8 finetune_rnnt.py ...          # eight GPUs, the same arguments
+
+    L = L_transducer + c * L_CTC                              # Graves 2012 and 2006; both from the same encoder
+"""
+import argparse
+import sys
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import data
+import model
+import run as running
+from decode import Errors, transcribe, word_errors
+from run import UserError
+
+
+def stage2_loss(student, batch, ctc_weight):
+    """-> (sum over utterances of L_transducer + c * L_CTC, utterances, {name: mean})"""
+    hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
+    logits = student.joiner(hidden, student.predict(batch.targets))
+    transducer = model.transducer_loss(logits, batch.targets, lengths, batch.target_lengths, reduction="sum")
+    log_probs = student.ctc(hidden).float().log_softmax(-1).transpose(0, 1)                            # (T, B, V)
+    ctc = F.ctc_loss(log_probs, batch.targets, lengths, batch.target_lengths, reduction="sum", zero_infinity=True)
+    B = torch.tensor(len(batch.ids))
+    return transducer + ctc_weight * ctc, B, {"transducer": transducer / B, "ctc": ctc / B}
+
+
+def new_student(args, tokenizer, say):
+    """The student of this stage: everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head."""
+    new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=())
+    if args.init == "none":
+        say(f"from scratch: nothing inherited, size {args.size or 'nano'}")
+        return model.Student(replace(model.PRESETS[args.size or "nano"], **new))
+    checkpoint = model.load_checkpoint(args.init)
+    if args.size and args.size != checkpoint.get("size"):
+        raise UserError(f"--size {args.size}, but {args.init} holds a {checkpoint.get('size')} student; leave --size out or use --init none")
+    student = model.load_student(checkpoint, **new)
+    inherited = sum(p.numel() for p in student.encoder.parameters())
+    say(f"inherited from {args.init}: the {checkpoint.get('size')} encoder, {inherited / 1e6:.1f} M parameters, step {checkpoint.get('step')}, taught by "
+        + ", ".join(teacher["spec"] for teacher in checkpoint.get("teachers", [])) + "; new: predictor, joiner, CTC head")
+    return student
+
+
+@running.polite
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data.add_source_options(parser, unlabelled=False)
+    group = parser.add_argument_group("student")
+    group.add_argument("--init", default="exp/pretrain", help="run directory or checkpoint of stage 1, or 'none' (default %(default)s)")
+    group.add_argument("--size", choices=list(model.PRESETS), help="of the student with --init none (default nano); otherwise stage 1 decided")
+    group.add_argument("--vocab-size", type=int, default=256, help="BPE tokens at most (default %(default)s)")
+    group.add_argument("--min-frequency", type=int, default=10, help="a token must be that frequent in the training text (default %(default)s)")
+    group.add_argument("--predictor", choices=["stateless", "lstm"], default="stateless", help="default %(default)s")
+    group.add_argument("--ctc-weight", type=float, default=0.3, help="c above (default %(default)s)")
+    group.add_argument("--freeze-steps", type=int, default=0, help="updates before the encoder learns too (default %(default)s)")
+    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default %(default)s)")
+    running.add_training_options(parser, out="exp/finetune", steps=600)
+    args = parser.parse_args(argv)
+
+    # ---- machine, run, data
+    device, dtype, why = running.choose_device(args.device)
+    rank, world = running.start_processes(device)
+    say = tqdm.write if rank == 0 else lambda line: None  # beside the progress bar
+    say(why)
+    this = running.Run(args, rank, model.load_checkpoint, model.save_checkpoint)
+    if this.finished:
+        say(f"{args.out} is finished; next: python decode.py --checkpoint {args.out}   (--overwrite starts anew)")
+        return 0
+    train_set, dev_set = data.load_training_data(args, say, transcribed=True)
+
+    # ---- tokenizer and student
+    torch.manual_seed(args.seed)
+    if this.state:
+        tokenizer, student = Tokenizer.from_str(this.state["tokenizer"]), model.load_student(this.state)
+    else:
+        tokenizer = data.train_tokenizer([u.text for u in train_set], args.vocab_size, args.min_frequency)
+        student = new_student(args, tokenizer, say)
+    student.to(device)
+    say(f"student: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} tokens, {args.predictor} predictor")
+    loader = data.Loader(train_set, args.batch_seconds, tokenizer, augment=True, speeds=args.speeds, workers=args.workers, seed=args.seed, rank=rank, world=world)
+    dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
+
+    def before_step(step):
+        student.encoder.requires_grad_(step >= args.freeze_steps)
+
+    def evaluate(student):
+        references = {u.id: u.text for u in dev_set}
+        totals = {"transducer": Errors(), "ctc": Errors()}
+        for batch in dev.epoch():
+            for method in totals:
+                hypotheses = transcribe(student, tokenizer, batch, device, dtype, method)
+                for id, hypothesis in zip(batch.ids, hypotheses):
+                    totals[method] += word_errors(references[id], hypothesis)
+                if method == "transducer":
+                    shown = references[batch.ids[0]], hypotheses[0]
+        say(f"reference:  {shown[0]}\nhypothesis: {shown[1] or '(nothing: only blanks)'}")
+        return {"dev WER": totals["transducer"].rate, "dev WER of CTC": totals["ctc"].rate}, totals["transducer"].rate
+
+    extra = {"student_config": student.config, "stage": 2, "tokenizer": tokenizer.to_str(), "init": str(args.init)}
+    code = running.train(this, student, loader, lambda batch: stage2_loss(student, batch, args.ctc_weight), evaluate, optimizer, extra,
+                         device, dtype, rank, world, before_step)
+    if code == 0:
+        say(f"next: python decode.py --checkpoint {args.out}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
