@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 import sys
 import tarfile
 import unicodedata
@@ -28,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from run import DEMO, UserError, polite
+from run import DEMO, UserError, mix, polite
 
 SAMPLE_RATE = 16_000                       # Hz
 HOP = 160                                  # samples, 10 ms
@@ -41,10 +40,10 @@ AUDIO = {".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".w64
 
 @dataclass(frozen=True)
 class Utterance:
-    id: str
     path: str
     seconds: float
     text: str | None = None                # None: nobody wrote it down
+    id: str = ""
 
 
 def load_utterances(source, transcribed=False):
@@ -61,7 +60,7 @@ def load_utterances(source, transcribed=False):
         rows, problems = read_folder(path)
     else:
         rows, problems = [(path.stem, path, None)], []
-    utterances = []
+    utterances, total = [], len(rows) + len(problems)
     for id, audio, text in tqdm(rows, desc=f"scanning {path.name}", unit="file", leave=False, disable=len(rows) < 2000):
         try:
             info = soundfile.info(str(audio))
@@ -74,8 +73,9 @@ def load_utterances(source, transcribed=False):
         elif seconds < SHORTEST:
             problems.append(f"{audio}: {seconds:.2f} s long, shorter than {SHORTEST} s")
         else:
-            utterances.append(Utterance(id, str(audio), seconds, text))
-    report(problems, f"of {len(rows)} utterances in {path}")
+            utterances.append(Utterance(str(audio), seconds, text, id))
+    if utterances or len(problems) > 1:
+        report(problems, f"of {total} utterances in {path}")
     if not utterances:
         raise UserError(f"{path}: no usable {'transcribed ' if transcribed else ''}audio" + (f" (e.g. {problems[0]})" if problems else
                         f"; expected a LibriSpeech folder, a .jsonl manifest or files ending in {' '.join(sorted(AUDIO))}"))
@@ -97,7 +97,7 @@ def read_folder(folder):
 def read_manifest(path):
     """JSON lines {"audio_filepath", "text"}; relative paths start at the manifest's folder. -> rows (id, path, text), problems."""
     rows, problems, seen = [], [], Counter()
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -231,9 +231,9 @@ def spec_augment(features):
 # ---------------------------------------------------------------------------- text
 
 def normalise(text):
-    """What we train on and score: Unicode NFKC, upper case, no punctuation but the apostrophe, single spaces."""
+    """What we train on and score: Unicode NFKC, upper case, letters, marks, digits and the apostrophe, single spaces."""
     text = unicodedata.normalize("NFKC", text).upper().replace("\u2019", "'")
-    return " ".join(re.sub(r"[^\w\s']|_", " ", text).split())
+    return " ".join("".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
 
 
 def train_tokenizer(texts, vocab_size, min_frequency):
@@ -283,7 +283,7 @@ class Loader:
 
     def batches(self, number):
         """Lists of utterances of this process. In training shuffled anew each epoch; lengths are jittered so that neighbours change."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(mix(self.seed, number))
         jitter = 1 + (0.2 * torch.rand(len(self.utterances), generator=generator) if self.augment else torch.zeros(len(self.utterances)))
         slowest, batches, longest = min(self.speeds), [[]], 0.0
         for i in sorted(range(len(jitter)), key=lambda i: self.utterances[i].seconds * jitter[i].item()):
@@ -315,15 +315,19 @@ class _Dataset(torch.utils.data.Dataset):
 
     def __getitem__(self, indices):
         loader, waves, features, kept, failed = self.loader, [], [], [], []
-        for i in indices:
+        queue = list(indices)
+        while queue:
+            i = queue.pop(0)
             u = loader.utterances[i]
             try:
                 waveform = load_audio(u.path)
-            except UserError as error:  # it was readable when the run began; one bad file never ends a run
+            except UserError as error:  # one bad file never ends a run
                 failed.append(str(error))
+                if loader.augment and not queue and not kept and len(failed) < 100:  # training needs something in every batch: take a neighbour
+                    queue.append((i + 1) % len(loader.utterances))
                 continue
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed((loader.seed * 1_000_003 + self.number) * 1_000_003 + i)
+                torch.manual_seed(mix(loader.seed, self.number, i))
                 if len(loader.speeds) > 1:
                     waveform = _speed(loader.speeds[torch.randint(len(loader.speeds), ()).item()])(waveform)[0]
                 mel = log_mel(waveform)
@@ -331,7 +335,7 @@ class _Dataset(torch.utils.data.Dataset):
                 features.append(spec_augment(mel) if loader.augment else mel)
                 kept.append(u)
         if not kept:
-            raise UserError(f"a whole batch could not be read, e.g. {failed[0]}; python data.py check PATH names all bad files")
+            return Batch([], torch.zeros(0, 0, 80), torch.zeros(0), None, None, None, 0.0, [], tuple(failed))
         targets = target_lengths = None
         if loader.tokenizer:
             labels = [torch.tensor(loader.tokenizer.encode(normalise(u.text)).ids, dtype=torch.long) for u in kept]

@@ -160,14 +160,20 @@ def main(argv=None):
         print(f"skipped: {error}", file=sys.stderr)
     if not utterances:
         return 2
+    out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent) / "scores.jsonl"
+    if not args.audio:
+        try:  # now, not after an hour of decoding
+            out.write_text("")
+        except OSError as error:
+            raise UserError(f"cannot write --out {out} ({error.strerror}); choose another file")
     loader = data.Loader(utterances, args.batch_seconds, workers=min(args.workers, len(utterances)))
     texts, compute, started = {}, 0.0, time.time()
     with tqdm(total=round(sum(u.seconds for u in utterances)), unit="s", desc="decoding", leave=False) as bar:
         for batch in loader.epoch():
             begin = time.time()
-            hypotheses = transcribe(student, tokenizer, batch, device, dtype, args.method)
+            if batch.ids:
+                texts.update(zip(batch.ids, transcribe(student, tokenizer, batch, device, dtype, args.method)))
             compute += time.time() - begin
-            texts.update(zip(batch.ids, hypotheses))
             failed += batch.failed
             for problem in batch.failed:
                 tqdm.write(f"skipped: {problem}", file=sys.stderr)
@@ -186,8 +192,7 @@ def main(argv=None):
             errors = word_errors(u.text, texts[u.id])
             total += errors
             rows.append({"id": u.id, "reference": u.text, "hypothesis": texts[u.id], **asdict(errors)})
-    out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent) / "scores.jsonl"
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     print(total)
     print(rtf)
     print(f"normalised: NFKC, upper case, no punctuation but the apostrophe; {len(rows)} utterances, {len(failed)} could not be read; alignments: {out}")

@@ -36,11 +36,11 @@ def stage2_loss(student, batch, ctc_weight):
 
 
 def new_student(args, tokenizer, say):
-    """The student of this stage: everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head."""
+    """Everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head. -> (student, what to remember of its origin)"""
     new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=())
     if args.init == "none":
         say(f"from scratch: nothing inherited, size {args.size or 'nano'}")
-        return model.Student(replace(model.PRESETS[args.size or "nano"], **new))
+        return model.Student(replace(model.PRESETS[args.size or "nano"], **new)), {"size": args.size or "nano", "teachers": []}
     checkpoint = model.load_checkpoint(args.init)
     if args.size and args.size != checkpoint.get("size"):
         raise UserError(f"--size {args.size}, but {args.init} holds a {checkpoint.get('size')} student; leave --size out or use --init none")
@@ -48,7 +48,7 @@ def new_student(args, tokenizer, say):
     inherited = sum(p.numel() for p in student.encoder.parameters())
     say(f"inherited from {args.init}: the {checkpoint.get('size')} encoder, {inherited / 1e6:.1f} M parameters, step {checkpoint.get('step')}, taught by "
         + ", ".join(teacher["spec"] for teacher in checkpoint.get("teachers", [])) + "; new: predictor, joiner, CTC head")
-    return student
+    return student, {key: checkpoint.get(key) for key in ("size", "teachers")}
 
 
 @running.polite
@@ -62,17 +62,20 @@ def main(argv=None):
     group.add_argument("--min-frequency", type=int, default=10, help="a token must be that frequent in the training text (default %(default)s)")
     group.add_argument("--predictor", choices=["stateless", "lstm"], default="stateless", help="default %(default)s")
     group.add_argument("--ctc-weight", type=float, default=0.3, help="c above (default %(default)s)")
-    group.add_argument("--freeze-steps", type=int, default=0, help="updates before the encoder learns too (default %(default)s)")
-    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default %(default)s)")
+    group.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of predictor, joiner and CTC head (default %(default)s)")
+    group.add_argument("--encoder-lr", type=float, default=1e-3, help="peak learning rate of the encoder (default %(default)s)")
+    group.add_argument("--freeze-steps", type=int, help="updates before the encoder learns too, so that the random new parts do not spoil it "
+                       "(default: a tenth of --steps; none with --init none)")
     running.add_training_options(parser, out="exp/finetune", steps=600)
     args = parser.parse_args(argv)
+    running.check_training_options(args)
 
     # ---- machine, run, data
     device, dtype, why = running.choose_device(args.device)
     rank, world = running.start_processes(device)
     say = tqdm.write if rank == 0 else lambda line: None  # beside the progress bar
     say(why)
-    this = running.Run(args, rank, model.load_checkpoint, model.save_checkpoint)
+    this = running.Run(args, rank, world, model.load_checkpoint, model.save_checkpoint)
     if this.finished:
         say(f"{args.out} is finished; next: python decode.py --checkpoint {args.out}   (--overwrite starts anew)")
         return 0
@@ -82,22 +85,26 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if this.state:
         tokenizer, student = Tokenizer.from_str(this.state["tokenizer"]), model.load_student(this.state)
+        origin = {key: this.state[key] for key in ("size", "teachers")}
     else:
         tokenizer = data.train_tokenizer([u.text for u in train_set], args.vocab_size, args.min_frequency)
-        student = new_student(args, tokenizer, say)
+        student, origin = new_student(args, tokenizer, say)
     student.to(device)
     say(f"student: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} tokens, {args.predictor} predictor")
     loader = data.Loader(train_set, args.batch_seconds, tokenizer, augment=True, speeds=args.speeds, workers=args.workers, seed=args.seed, rank=rank, world=world)
     dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
+    new = [p for name, p in student.named_parameters() if not name.startswith("encoder.")]
+    optimizer = torch.optim.AdamW([{"params": new}, {"params": list(student.encoder.parameters()), "lr": args.encoder_lr}],
+                                  lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
+    freeze_steps = args.freeze_steps if args.freeze_steps is not None else 0 if args.init == "none" else args.steps // 10
 
     def before_step(step):
-        student.encoder.requires_grad_(step >= args.freeze_steps)
+        student.encoder.requires_grad_(step >= freeze_steps)
 
     def evaluate(student):
         references = {u.id: u.text for u in dev_set}
         totals = {"transducer": Errors(), "ctc": Errors()}
-        for batch in dev.epoch():
+        for batch in filter(lambda batch: batch.ids, dev.epoch()):
             for method in totals:
                 hypotheses = transcribe(student, tokenizer, batch, device, dtype, method)
                 for id, hypothesis in zip(batch.ids, hypotheses):
@@ -107,7 +114,7 @@ def main(argv=None):
         say(f"reference:  {shown[0]}\nhypothesis: {shown[1] or '(nothing: only blanks)'}")
         return {"dev WER": totals["transducer"].rate, "dev WER of CTC": totals["ctc"].rate}, totals["transducer"].rate
 
-    extra = {"student_config": student.config, "stage": 2, "tokenizer": tokenizer.to_str(), "init": str(args.init)}
+    extra = {"config": student.config, "stage": 2, "tokenizer": tokenizer.to_str(), "init": str(args.init), **origin}
     code = running.train(this, student, loader, lambda batch: stage2_loss(student, batch, args.ctc_weight), evaluate, optimizer, extra,
                          device, dtype, rank, world, before_step)
     if code == 0:

@@ -289,12 +289,13 @@ class TransducerLoss(torch.autograd.Function):
 
         # beta is alpha of the lattice turned by 180 degrees (each utterance within its own T x U+1 corner): one pass does both
         rows, columns = torch.arange(norm.shape[1], device=T.device), torch.arange(norm.shape[2], device=T.device)
-        turn = lambda x: x[torch.arange(B)[:, None, None], (T[:, None] - 1 - rows).clamp(0)[:, :, None], (U[:, None] - columns).clamp(0)[:, None, :]]
+        every = torch.arange(B, device=T.device)
+        turn = lambda x: x[every[:, None, None], (T[:, None] - 1 - rows).clamp(0)[:, :, None], (U[:, None] - columns).clamp(0)[:, None]]
         into_blank = torch.cat([F.pad(blanks, (0, 0, 1, 0))[:, :-1], turn(blanks)])    # the arcs that enter (t, u), from below and ...
         into_label = torch.cat([F.pad(labels, (1, 0))[:, :, :-1], turn(labels)])       # ... from the left, in (2B, T, U+1)
         alpha, beta = lattice_scan(into_blank, into_label).chunk(2)
         beta = turn(beta)
-        last = torch.arange(B), T - 1, U
+        last = every, T - 1, U
         log_p = alpha[last] + blanks[last]
 
         # posterior of each arc: exp(alpha before + arc + beta behind - log P); behind the last blank lies the end, with beta 0
@@ -339,12 +340,12 @@ def lattice_scan(into_blank, into_label):
 
 # ---------------------------------------------------------------------------- checkpoints
 
-def save_checkpoint(path, student_config=None, **entries):
-    """Write plain types and tensors; a checkpoint that exists is replaced whole or not at all."""
+def save_checkpoint(path, **entries):
+    """Write plain types, tensors and a Config; a checkpoint that exists is replaced whole or not at all."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": 1, "config": asdict(student_config or Config()), **entries}, file)
+            torch.save({"format": 1} | {k: asdict(v) if isinstance(v, Config) else v for k, v in entries.items()}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -362,7 +363,8 @@ def load_checkpoint(path):
         raise UserError(f"no checkpoint {path}; train one first or give another")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["format"], checkpoint["config"], checkpoint["model"]
+        if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+            raise TypeError("not a dict of ours")
     except (RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is not a checkpoint of ours or is damaged ({type(error).__name__}); delete it or give another")
     return checkpoint

@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class Teacher:
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
         self.spec, self.device, self.dtype = name, torch.device(device), dtype
-        self.name, _, layer = name.rpartition(":") if ":" in name and not name.endswith(":") else (name, "", "last")
+        self.name, _, layer = name.rpartition(":") if ":" in name and not Path(name).exists() else (name, "", "last")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
@@ -124,12 +125,14 @@ class Teacher:
     @torch.no_grad()
     def standardise(self, batches):
         """Set mean and std per dimension from the first batches: teachers of different scale then weigh alike in an L1. [ours]"""
-        frames = []
+        count, total, squares = 0, 0.0, 0.0
         for waveforms in batches:
             e, lengths = self(waveforms)
-            frames.append(e[model.valid_mask(lengths, e.shape[1])].double())
-        frames = torch.cat(frames) * self.std + self.mean
-        self.mean, self.std = frames.mean(0).float(), frames.std(0).clamp(min=1e-5).float()
+            frames = (e * self.std + self.mean)[model.valid_mask(lengths, e.shape[1])].cpu().double()  # float64 on the CPU: MPS has none
+            count, total, squares = count + len(frames), total + frames.sum(0), squares + (frames ** 2).sum(0)
+        mean = total / count
+        self.mean = mean.float().to(self.device)
+        self.std = (squares / count - mean ** 2).clamp(min=1e-10).sqrt().float().to(self.device)
 
     def state(self):
         """What a checkpoint says about a teacher."""
@@ -169,14 +172,13 @@ def teacher_targets(teachers, waveforms, combine):
 
 
 def stage1_loss(student, batch, targets, weights):
-    """-> (sum over frames of sum_k w_k |p_k - e_k|, frames, {teacher index: mean L1})"""
+    """L = sum_k w_k * mean |p_k - e_k|   -> (L times the student's frames, frames, the mean L1 of each head)"""
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
-    total, parts = 0.0, []
-    for head, weight, (target, target_lengths) in zip(student.heads, weights, targets):
+    parts = []
+    for head, (target, target_lengths) in zip(student.heads, targets):
         loss, frames = model.distillation_loss(head(hidden).float(), target, torch.minimum(lengths, target_lengths))
-        total = total + weight * loss
         parts.append(loss / frames)
-    return total, frames, parts
+    return sum(w * part for w, part in zip(weights, parts)) * lengths.sum(), lengths.sum(), parts
 
 
 @running.polite
@@ -193,6 +195,7 @@ def main(argv=None):
     group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default %(default)s)")
     running.add_training_options(parser, out="exp/pretrain", steps=1000)
     args = parser.parse_args(argv)
+    running.check_training_options(args)
     if args.weights and len(args.weights) != len(args.teachers):
         raise UserError(f"--weights needs one number per teacher: {len(args.teachers)}, found {len(args.weights)}")
     if len(set(args.teachers)) < len(args.teachers):
@@ -203,7 +206,7 @@ def main(argv=None):
     rank, world = running.start_processes(device)
     say = print if rank == 0 else lambda line: None
     say(why)
-    this = running.Run(args, rank, model.load_checkpoint, model.save_checkpoint)
+    this = running.Run(args, rank, world, model.load_checkpoint, model.save_checkpoint)
     if this.finished:
         say(f"{args.out} is finished; next: python finetune_rnnt.py --init {args.out}   (--overwrite starts anew)")
         return 0
@@ -248,7 +251,7 @@ def main(argv=None):
     def evaluate(student):
         """Mean L1 per teacher on the development audio; 0.8 is what predicting the mean scores on normally distributed targets."""
         sums, frames = torch.zeros(len(teachers)), 0
-        for batch in dev.epoch():
+        for batch in filter(lambda batch: batch.ids, dev.epoch()):
             hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
             for k, teacher in enumerate(teachers):
                 target, target_lengths = teacher(batch.waveforms)
@@ -258,7 +261,7 @@ def main(argv=None):
         results = {f"dev {name}": value for name, value in zip(names, (sums / frames).tolist())}
         return results, sum(results.values())
 
-    extra = {"student_config": student.config, "stage": 1, "size": args.size, "teachers": [teacher.state() for teacher in teachers], "combine": args.combine}
+    extra = {"config": student.config, "stage": 1, "size": args.size, "teachers": [teacher.state() for teacher in teachers], "combine": args.combine}
     code = running.train(this, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank, world)
     if code == 0:
         say(f"next: python finetune_rnnt.py --init {args.out}")

@@ -44,6 +44,11 @@ def polite(main):
     return wrapper
 
 
+def mix(*numbers):
+    """Several integers -> one seed: what is random depends on these numbers and on nothing that came before."""
+    return hash(numbers) % 2 ** 63
+
+
 # ---------------------------------------------------------------------------- device, precision, processes
 
 def choose_device(name=None):
@@ -104,6 +109,15 @@ def add_training_options(parser, out, steps):
     group.add_argument("--overwrite", action="store_true", help="start anew even if --out holds a run")
 
 
+def check_training_options(args):
+    """Raise UserError for a budget of nothing and the like, before anything is loaded."""
+    for name in ("steps", "minutes", "batch_seconds", "accumulate", "eval_every", "lr", "clip"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(args, name)}")
+    if not 0 < args.warmup < 1 or min(args.speeds) <= 0:
+        raise UserError(f"--warmup must lie between 0 and 1 and --speeds above 0, found {args.warmup} and {args.speeds}")
+
+
 # These say where and how fast, not what is learned: a run may be continued with others.
 FREE_OPTIONS = {"device", "workers", "out", "overwrite"}
 
@@ -114,14 +128,18 @@ class Run:
     The same command again continues; a finished run is left alone; other arguments are named and refused.
     """
 
-    def __init__(self, args, rank, load_checkpoint, save_checkpoint):
+    def __init__(self, args, rank, world, load_checkpoint, save_checkpoint):
         self.args, self.rank, self.out, self.save_checkpoint = args, rank, args.out, save_checkpoint
         self.settings = {k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in vars(args).items() if k not in FREE_OPTIONS}
+        self.settings["processes"] = str(world)
         self.state = None
         last = self.out / "last.pt"
-        if args.overwrite and rank == 0:
-            for name in ("last.pt", "best.pt", "log.jsonl"):
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name in ("last.pt", "best.pt", "log.jsonl") if args.overwrite and rank == 0 else ():
                 (self.out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.out} ({error.strerror}); choose another folder")
         if dist.is_initialized():
             dist.barrier()
         if last.exists():
@@ -132,16 +150,11 @@ class Run:
             changed = [f"--{k.replace('_', '-')} was {old.get(k)}, is {v}" for k, v in self.settings.items() if old.get(k) != v]
             if changed:
                 raise UserError(f"{self.out} holds a run with other arguments ({'; '.join(changed)}); choose another --out or add --overwrite")
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if rank == 0 and self.state is None:
-                (self.out / "command.txt").write_text(" ".join(sys.argv) + "\n")
-                (self.out / "log.jsonl").write_text("")
-        except OSError as error:
-            raise UserError(f"cannot write to --out {self.out} ({error.strerror}); choose another folder")
-        if self.state and rank == 0:  # steps after the checkpoint were lost with the interruption: their log lines go too
-            lines = [line for line in (self.out / "log.jsonl").read_text().splitlines() if _step_of(line) <= self.state["progress"]["step"]]
-            (self.out / "log.jsonl").write_text("".join(line + "\n" for line in lines))
+        if rank == 0:  # steps after the checkpoint were lost with the interruption: their log lines go too
+            log, done = self.out / "log.jsonl", self.state["progress"]["step"] if self.state else -1
+            lines = [line for line in log.read_text().splitlines() if _step_of(line) <= done] if log.exists() else []
+            log.write_text("".join(line + "\n" for line in lines))
+            (self.out / "command.txt").write_text(" ".join(sys.argv) + "\n")
 
     @property
     def finished(self):
@@ -149,6 +162,7 @@ class Run:
 
     def log(self, **entry):
         if self.rank == 0:
+            entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}  # JSON has no NaN
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
@@ -242,7 +256,7 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
         if rank == 0:
             tqdm.write(f"step {progress['step']}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
         run.log(step=progress["step"], **results)
-        if score <= progress["best"]:
+        if not score > progress["best"]:
             progress["best"] = score
             run.save("best.pt", model=averaged, results=results, step=progress["step"], **extra)
 
@@ -263,7 +277,7 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
             if before_step:
                 before_step(progress["step"])
             # ---- forward and backward, one batch or several; a step's dropout depends on its number alone, so a resumed run is the same run
-            torch.manual_seed(args.seed * 1_000_003 + progress["step"] * world + rank)
+            torch.manual_seed(mix(args.seed, progress["step"], rank))
             optimizer.zero_grad(set_to_none=True)
             count = torch.zeros((), device=device)
             for _ in range(args.accumulate):
@@ -273,6 +287,9 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
                     batches = loader.epoch(progress["epoch"], 0)
                     batch = next(batches, None)
                 progress["batch"] += 1
+                for problem in sorted(set(batch.failed) - unreadable):
+                    tqdm.write(f"skipped: {problem}", file=sys.stderr)
+                unreadable.update(batch.failed)
                 with autocast(device, dtype):
                     loss, n, parts = compute_loss(batch.to(device))
                 loss.backward()
@@ -287,7 +304,7 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
             else:
                 optimizer.step()
             progress["step"] += 1
-            progress["seconds"] = before + time.time() - started
+            stop, progress["seconds"] = agree(signals.received, before + time.time() - started, device)
             # ---- averaged weights: an exponential mean whose horizon is a twentieth of the steps so far
             decay = 1 - 1 / (1 + 0.05 * progress["step"])
             with torch.no_grad():
@@ -301,15 +318,12 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} s of audio/s")
                 run.log(step=progress["step"], lr=base_rates[0] * factor, gradient_norm=norm.item(), audio_per_second=round(speed, 1), **means)
                 totals = {}
-            for problem in set(batch.failed) - unreadable:
-                tqdm.write(f"skipped: {problem}", file=sys.stderr)
-            unreadable.update(batch.failed)
             if progress["step"] % eval_every == 0:
                 evaluation()
             if progress["step"] % eval_every == 0 or time.time() - saved > 300:
                 save_last()
                 saved = time.time()
-            if agree(signals.received, device):
+            if stop:
                 save_last()
                 bar.close()
                 print(f"stopped by signal {signals.received} at step {progress['step']}; the same command goes on from here")
@@ -325,10 +339,10 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
     return 0
 
 
-def agree(flag, device):
-    """True on every process as soon as it is true on one: nobody waits for a process that has left."""
+def agree(stop, seconds, device):
+    """The same answer on every process, the largest: nobody waits for a process that has left, all follow one clock."""
     if not dist.is_initialized():
-        return bool(flag)
-    flag = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(flag)
-    return bool(flag.item())
+        return bool(stop), seconds
+    both = torch.tensor([float(bool(stop)), seconds], device=device)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return bool(both[0]), both[1].item()
