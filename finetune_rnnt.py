@@ -59,14 +59,15 @@ def main(argv=None):
     group.add_argument("--init", default="exp/pretrain", help="run directory or checkpoint of stage 1, or 'none' (default %(default)s)")
     group.add_argument("--size", choices=list(model.PRESETS), help="of the student with --init none (default nano); otherwise stage 1 decided")
     group.add_argument("--vocab-size", type=int, default=256, help="BPE tokens at most (default %(default)s)")
-    group.add_argument("--min-frequency", type=int, default=10, help="a token must be that frequent in the training text (default %(default)s)")
-    group.add_argument("--predictor", choices=["stateless", "lstm"], default="stateless", help="default %(default)s")
+    group.add_argument("--min-frequency", type=int, default=100, help="a token must be that frequent in the training text, so little text "
+                       "gives small tokens, down to letters (default %(default)s)")
+    group.add_argument("--predictor", choices=["lstm", "stateless"], default="lstm", help="default %(default)s")
     group.add_argument("--ctc-weight", type=float, default=0.3, help="c above (default %(default)s)")
     group.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of predictor, joiner and CTC head (default %(default)s)")
     group.add_argument("--encoder-lr", type=float, default=1e-3, help="peak learning rate of the encoder (default %(default)s)")
     group.add_argument("--freeze-steps", type=int, help="updates before the encoder learns too, so that the random new parts do not spoil it "
                        "(default: a tenth of --steps; none with --init none)")
-    running.add_training_options(parser, out="exp/finetune", steps=600)
+    running.add_training_options(parser, out="exp/finetune", steps=450)
     args = parser.parse_args(argv)
     running.check_training_options(args)
 

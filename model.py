@@ -34,16 +34,17 @@ class Config:
     feature_dim: int = 80           # log-mel bins
     head_dims: tuple = ()           # D_k of each teacher's projection head; () after stage 1
     vocab_size: int = 0             # V, blank included; 0 in stage 1: no predictor, joiner, CTC head
-    predictor: str = "stateless"    # or "lstm"
+    predictor: str = "lstm"         # or "stateless"
     predictor_dim: int = 256
+    predictor_dropout: float = 0.3  # it sees few texts and must not learn them by heart
     joiner_dim: int = 256
 
 
 PRESETS = {  # parameters with a vocabulary of 256
-    "nano": Config(),                                                                                                # 2.6 M
-    "small": Config(layers=16, channels=144, predictor_dim=320, joiner_dim=320),                                     # 9 M, Conformer-S
-    "medium": Config(dim=256, layers=16, channels=256, predictor_dim=640, joiner_dim=640),                           # 29 M, Conformer-M
-    "large": Config(dim=512, layers=17, heads=8, channels=512, predictor_dim=640, joiner_dim=640),                   # 117 M, Conformer-L
+    "nano": Config(),                                                                                    # 3.0 M
+    "small": Config(layers=16, channels=144, predictor_dim=320, joiner_dim=320),                         # 9.5 M, Conformer-S
+    "medium": Config(dim=256, layers=16, channels=256, predictor_dim=640, joiner_dim=640),               # 31 M, Conformer-M
+    "large": Config(dim=512, layers=17, heads=8, channels=512, predictor_dim=640, joiner_dim=640),       # 115 M, Conformer-L
 }
 
 
@@ -219,7 +220,7 @@ class Student(nn.Module):
 
     def predict(self, targets):
         """targets (B, U) -> predictor outputs (B, U+1, P): one before the first label, one after each."""
-        return self.predictor(F.pad(targets, (1, 0), value=BLANK))[0]
+        return F.dropout(self.predictor(F.pad(targets, (1, 0), value=BLANK))[0], self.config.predictor_dropout, self.training)
 
     @property
     def parameter_count(self):

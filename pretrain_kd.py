@@ -191,9 +191,10 @@ def main(argv=None):
     group.add_argument("--weights", nargs="+", type=float, metavar="W", help="weight of each teacher's loss (default: 1 each)")
     group.add_argument("--combine", choices=["heads", "average", "random"], default="heads", help="a head per teacher; or one head for the "
                        "teachers' average; or one head and a random teacher per utterance (default %(default)s)")
-    group.add_argument("--size", choices=list(model.PRESETS), default="nano", help="student (default %(default)s: 2 M parameters; small 9 M, medium 27 M, large 112 M)")
-    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default %(default)s)")
-    running.add_training_options(parser, out="exp/pretrain", steps=1000)
+    group.add_argument("--size", choices=list(model.PRESETS), default="nano", help="student (default %(default)s; with a vocabulary of 256: nano 3.0 M parameters, "
+                       "small 9.5 M, medium 31 M, large 115 M)")
+    group.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
+    running.add_training_options(parser, out="exp/pretrain", steps=1050)
     args = parser.parse_args(argv)
     running.check_training_options(args)
     if args.weights and len(args.weights) != len(args.teachers):
@@ -217,7 +218,7 @@ def main(argv=None):
     # ---- teachers
     teachers = []
     for spec in args.teachers:
-        teachers.append(Teacher(spec, device, dtype))
+        teachers.append(Teacher(spec, device, running.inference_dtype(device)))
         say(f"teacher {teachers[-1]}")
     if this.state:
         for teacher, state in zip(teachers, this.state["teachers"]):

@@ -67,10 +67,15 @@ def choose_device(name=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    precision = "bfloat16 autocast, float32 weights" if bf16 else "float32"
+    dtype = inference_dtype(device) if device.type == "cuda" else torch.float32
+    precision = "bfloat16 autocast, float32 weights" if dtype == torch.bfloat16 else "float32"
     return device, dtype, f"device {device} ({why}), {precision}, {torch.get_num_threads()} CPU threads"
+
+
+def inference_dtype(device):
+    """What frozen models compute in: bfloat16 where the device multiplies it faster than float32 (many CPUs do not)."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def start_processes(device):
@@ -104,7 +109,8 @@ def add_training_options(parser, out, steps):
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("machine and files")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    group.add_argument("--workers", type=int, default=min(4, max(1, (os.cpu_count() or 1) - 1)), help="processes that read audio (default %(default)s)")
+    group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0,
+                       help="processes that read audio ahead; on a CPU they would only take cores from the training (default here %(default)s)")
     group.add_argument("--out", type=Path, default=Path(out), help="run directory (default %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="start anew even if --out holds a run")
 
@@ -150,7 +156,7 @@ class Run:
             changed = [f"--{k.replace('_', '-')} was {old.get(k)}, is {v}" for k, v in self.settings.items() if old.get(k) != v]
             if changed:
                 raise UserError(f"{self.out} holds a run with other arguments ({'; '.join(changed)}); choose another --out or add --overwrite")
-        if rank == 0:  # steps after the checkpoint were lost with the interruption: their log lines go too
+        if rank == 0 and not self.finished:  # steps after the checkpoint were lost with the interruption: their log lines go too
             log, done = self.out / "log.jsonl", self.state["progress"]["step"] if self.state else -1
             lines = [line for line in log.read_text().splitlines() if _step_of(line) <= done] if log.exists() else []
             log.write_text("".join(line + "\n" for line in lines))
@@ -238,12 +244,12 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
         averaged = {k: v.to(device) for k, v in run.state["model"].items()}
         optimizer.load_state_dict(run.state["optimizer"])
         progress = dict(run.state["progress"])
-        print(f"continuing {run.out} at step {progress['step']}")
+        if rank == 0:
+            print(f"continuing {run.out} at step {progress['step']}")
     base_rates = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
 
     def save_last():
-        run.save("last.pt", model=averaged, raw_model=student.state_dict(), optimizer=optimizer.state_dict(),
-                 progress=progress, **extra)
+        run.save("last.pt", model=averaged, raw_model=student.state_dict(), optimizer=optimizer.state_dict(), progress=progress, **extra)
 
     def evaluation():
         raw = {k: v.detach().clone() for k, v in student.state_dict().items()}

@@ -40,7 +40,7 @@ def test_an_utterance_depends_on_all_of_itself():
     assert (features.grad[0].abs().sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize("size, million", [("nano", 2.4), ("small", 8.7), ("medium", 27), ("large", 112)])
+@pytest.mark.parametrize("size, million", [("nano", 3.0), ("small", 9.5), ("medium", 30.5), ("large", 115)])
 def test_size_of_presets(size, million):
     with torch.device("meta"):
         student = Student(replace(model.PRESETS[size], vocab_size=256))

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ import decode
 import finetune_rnnt
 import model
 import pretrain_kd
-from conftest import DEMO
+from conftest import DEMO, ROOT
 
 TINY = ["--steps", "4", "--batch-seconds", "12", "--workers", "0", "--eval-every", "2", "--device", "cpu"]
 
@@ -298,3 +301,42 @@ def test_one_batch_can_be_learned_by_heart(demo_utterances):
         texts = decode.transcribe(student, tokenizer, batch, torch.device("cpu"), method=method)
         errors = [decode.word_errors(reference, text) for reference, text in zip(batch.texts, texts)]
         assert sum(e.words for e in errors) > 8 and sum(e.total for e in errors) == 0, (method, texts, batch.texts)
+
+
+def test_readme_points_at_the_lines_it_names():
+    """The table from equation to code in README.md: [file:line `name`](file#Lline)."""
+    links = re.findall(r"\[(\w+\.py):(\d+) `(\w+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 10
+    for file, line, name, target, anchor in links:
+        found = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert file == target and line == anchor and re.match(rf"\s*(def|class) {name}\b", found), f"{file}:{line} is {found!r}, not {name}"
+
+
+@pytest.mark.parametrize("budget", [["--steps", "3"], ["--minutes", "0.03"]])
+def test_two_processes_end_together_with_equal_weights(budget, stage2, tmp_path):
+    """torchrun with gloo: rank 0 writes, both follow one clock, and neither waits for the other at the end."""
+    arguments = stage2[: stage2.index("--steps")] + ["--batch-seconds", "12", "--workers", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "finetune_rnnt.py")]
+    done = subprocess.run([*command, *arguments, *budget, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("next: python decode.py") == 1 and done.stdout.count("training on") == 1
+    assert torch.load(tmp_path / "two/last.pt", weights_only=True)["progress"]["settings"]["processes"] == "2"
+
+
+def test_gradients_of_two_processes_are_those_of_one_large_batch(tmp_path):
+    """average_gradients: sums over unequal parts, divided by the global count, against the plain mean over all."""
+    script = tmp_path / "ranks.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, run
+rank, world = run.start_processes(torch.device("cpu"))
+x = torch.arange(15.0).reshape(5, 3); w = torch.ones(3, requires_grad=True)
+mine = x[:4] if rank == 0 else x[4:]
+((mine @ w) ** 2).sum().backward()
+run.average_gradients([w], torch.tensor(float(len(mine))))
+v = torch.ones(3, requires_grad=True); ((x @ v) ** 2).mean().backward()
+torch.testing.assert_close(w.grad, v.grad)
+torch.distributed.destroy_process_group()""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
