@@ -1,6 +1,6 @@
 """From files to batches: sources of utterances, audio, log-mel features, augmentation, tokenizer, batches by seconds.
 
-    python data.py download train-clean-100 [--to DIR]     # fetch a part of LibriSpeech; run again to go on after an interruption
+    python data.py download train-clean-100 [--to DIR]     # a part of LibriSpeech; run again to go on after a break
     python data.py check PATH...                                  # read every file of a source and report what is wrong
 
 A source is a LibriSpeech split folder (SPLIT/SPEAKER/CHAPTER/*.flac + .trans.txt), a .jsonl manifest with one
@@ -47,10 +47,24 @@ class Utterance:
 
 
 def load_utterances(source, transcribed=False):
-    """A source (see above) -> list of Utterance, sorted by id. What cannot be used is skipped, counted and named on stderr.
+    """A source (see above) -> list of Utterance, sorted by id. What cannot be used is skipped, counted and named on
+    stderr.
 
     transcribed: keep only utterances with text. Raises UserError if nothing is left.
     """
+    utterances, problems = scan(source, transcribed)
+    if utterances or len(problems) > 1:
+        report(problems, f"of {len(utterances) + len(problems)} utterances in {source}")
+    if not utterances:
+        raise UserError(f"{source}: no usable {'transcribed ' if transcribed else ''}audio" + (f" (e.g. {problems[0]})"
+                                                                                               if problems else
+                        f"; expected a LibriSpeech folder, a .jsonl manifest or files ending in "
+                        f"{' '.join(sorted(AUDIO))}"))
+    return sorted(utterances, key=lambda u: u.id)
+
+
+def scan(source, transcribed=False):
+    """-> (list of Utterance, list of problems, one line each)"""
     path = Path(source).expanduser()
     if not path.exists():
         raise UserError(f"no such file or folder: {path} (python data.py download train-clean-100 fetches LibriSpeech)")
@@ -60,7 +74,7 @@ def load_utterances(source, transcribed=False):
         rows, problems = read_folder(path)
     else:
         rows, problems = [(path.stem, path, None)], []
-    utterances, total = [], len(rows) + len(problems)
+    utterances = []
     for id, audio, text in tqdm(rows, desc=f"scanning {path.name}", unit="file", leave=False, disable=len(rows) < 2000):
         try:
             info = soundfile.info(str(audio))
@@ -74,12 +88,7 @@ def load_utterances(source, transcribed=False):
             problems.append(f"{audio}: {seconds:.2f} s long, shorter than {SHORTEST} s")
         else:
             utterances.append(Utterance(str(audio), seconds, text, id))
-    if utterances or len(problems) > 1:
-        report(problems, f"of {total} utterances in {path}")
-    if not utterances:
-        raise UserError(f"{path}: no usable {'transcribed ' if transcribed else ''}audio" + (f" (e.g. {problems[0]})" if problems else
-                        f"; expected a LibriSpeech folder, a .jsonl manifest or files ending in {' '.join(sorted(AUDIO))}"))
-    return sorted(utterances, key=lambda u: u.id)
+    return utterances, problems
 
 
 def read_folder(folder):
@@ -90,12 +99,14 @@ def read_folder(folder):
         for line in transcript.read_text(encoding="utf-8-sig", errors="replace").splitlines():
             id, _, words = line.strip().partition(" ")
             text[transcript.parent / id] = words
-    problems += [f"{path}: named in a .trans.txt, but there is no such audio" for path in sorted(text.keys() - {f.with_suffix("") for f in files})]
+    problems += [f"{path}: named in a .trans.txt, but there is no such audio"
+                 for path in sorted(text.keys() - {f.with_suffix("") for f in files})]
     return [(str(f.relative_to(folder).with_suffix("")), f, text.get(f.with_suffix(""))) for f in files], problems
 
 
 def read_manifest(path):
-    """JSON lines {"audio_filepath", "text"}; relative paths start at the manifest's folder. -> rows (id, path, text), problems."""
+    """JSON lines {"audio_filepath", "text"}; relative paths start at the manifest's folder. -> rows (id, path, text),
+    problems."""
     rows, problems, seen = [], [], Counter()
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not line.strip():
@@ -106,7 +117,8 @@ def read_manifest(path):
             if text is not None and not isinstance(text, str):
                 raise TypeError("text is not a string")
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{path}:{number}: expected {{\"audio_filepath\": ..., \"text\": ...}} ({type(error).__name__}: {error})")
+            problems.append(f"{path}:{number}: expected {{\"audio_filepath\": ..., \"text\": ...}} "
+                            f"({type(error).__name__}: {error})")
             continue
         id = str(entry.get("id", audio.stem))
         seen[id] += 1
@@ -127,11 +139,13 @@ def report(problems, where):
     for problem in problems[:5]:
         print(f"skipped: {problem}", file=sys.stderr)
     if problems:
-        print(f"skipped {len(problems)} {where}" + (": python data.py check PATH names them all" if len(problems) > 5 else ""), file=sys.stderr)
+        print(f"skipped {len(problems)} {where}" + (": python data.py check PATH names them all" if len(problems) > 5
+                                                    else ""), file=sys.stderr)
 
 
 def load_sources(sources, transcribed=False, on_error=None):
-    """Several sources -> one list in which each file stands once and each id is unique. on_error(UserError): go on with the next source."""
+    """Several sources -> one list in which each file stands once and each id is unique. on_error(UserError): go on with
+    the next source."""
     by_id, paths = {}, set()
     for source in sources:
         try:
@@ -149,21 +163,28 @@ def load_sources(sources, transcribed=False, on_error=None):
 
 
 def add_source_options(parser, unlabelled):
-    group = parser.add_argument_group("data", "a source is a LibriSpeech split folder, a .jsonl manifest, an audio file or a folder of audio")
-    group.add_argument("--data", nargs="+", metavar="SOURCE", help="transcribed audio (default: the demo's)")
+    group = parser.add_argument_group("data",
+                                      "a source is a LibriSpeech split folder, a .jsonl manifest, an audio file or a "
+                                      "folder of audio")
+    group.add_argument("--data", nargs="+", metavar="SOURCE", help="transcribed audio (nothing given: the demo)")
     if unlabelled:
-        group.add_argument("--unlabelled", nargs="+", metavar="SOURCE", help="more audio, transcripts not needed (default: the demo's, if --data is)")
-    group.add_argument("--dev", nargs="+", metavar="SOURCE", help="audio to evaluate on while training (default: the demo's, or one in twenty of --data, at most 200)")
-    group.add_argument("--speeds", nargs="+", type=float, default=[0.9, 1.0, 1.1], metavar="X", help="speed perturbation: one of these factors per utterance (default 0.9 1.0 1.1)")
+        group.add_argument("--unlabelled", nargs="+", metavar="SOURCE", help="more audio, transcripts not needed")
+    group.add_argument("--dev", nargs="+", metavar="SOURCE",
+                       help="audio to evaluate on while training (default: one in twenty of the above, at most 200)")
+    group.add_argument("--speeds", nargs="+", type=float, default=[0.9, 1.0, 1.1], metavar="X",
+                       help="speed perturbation: one of these factors per utterance (default 0.9 1.0 1.1)")
 
 
 def load_training_data(args, say, transcribed=False):
-    """Resolve the options above (no --data: the demo) and read them. -> (training utterances, development utterances)"""
-    demo = DEMO / "corpus"
-    sources = list(args.data or [demo / "train"]) + list(getattr(args, "unlabelled", None) or ([demo / "unlabelled"] if hasattr(args, "unlabelled") and not args.data else []))
+    """Resolve the options above (nothing given: the demo) and read them. -> (training utterances, development
+    utterances)"""
+    sources, dev_sources = [*(args.data or []), *(getattr(args, "unlabelled", None) or [])], args.dev
+    if not sources:
+        sources = [DEMO / "corpus/train"] + [DEMO / "corpus/unlabelled"] * (not transcribed)
+        dev_sources = args.dev or [DEMO / "corpus/dev"]
     train = load_sources(sources, transcribed)
-    if args.dev or not args.data:
-        dev = load_sources(args.dev or [demo / "dev"], transcribed)
+    if dev_sources:
+        dev = load_sources(dev_sources, transcribed)
         clash = {u.path for u in dev}
         train = [u for u in train if u.path not in clash]
     else:
@@ -171,11 +192,13 @@ def load_training_data(args, say, transcribed=False):
         held = set(order[:min(200, math.ceil(len(train) / 20))])
         train, dev = [u for i, u in enumerate(train) if i not in held], [u for i, u in enumerate(train) if i in held]
     long = [u for u in train if u.seconds / min(args.speeds) > min(LONGEST, args.batch_seconds)]
-    report([f"{u.path}: {u.seconds:.0f} s, more than --batch-seconds {args.batch_seconds:g} or {LONGEST:g} s" for u in long], "training utterances")
+    report([f"{u.path}: {u.seconds:.0f} s, more than --batch-seconds {args.batch_seconds:g} or {LONGEST:g} s"
+            for u in long], "training utterances")
     clash = {u.path for u in long}
     train = [u for u in train if u.path not in clash]
     if not train or not dev:
-        raise UserError(f"{len(train)} utterances are left to train on and {len(dev)} to evaluate on; give more --data, --dev, or larger --batch-seconds")
+        raise UserError(f"{len(train)} utterances are left to train on and {len(dev)} to evaluate on; give more "
+                        f"--data, --dev, or larger --batch-seconds")
     say(f"training on {summary(train)}; evaluating on {summary(dev)}")
     return train, dev
 
@@ -188,7 +211,8 @@ def summary(utterances):
 # ---------------------------------------------------------------------------- audio and features
 
 def load_audio(path):
-    """-> float32 tensor (S,), mono, 16 kHz. Raises UserError naming the file if it is not readable, empty or not finite."""
+    """-> float32 tensor (S,), mono, 16 kHz. Raises UserError naming the file if it is not readable, empty or not
+    finite."""
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
@@ -203,13 +227,14 @@ def load_audio(path):
 
 @functools.cache
 def _mel():
-    return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=512, win_length=WINDOW, hop_length=HOP, f_min=20, n_mels=80,
+    return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=512, win_length=WINDOW, hop_length=HOP, f_min=20,
+                                                n_mels=80,
                                                 pad_mode="constant", norm="slaney", mel_scale="slaney")
 
 
 def log_mel(waveform):
-    """(S,) -> (F, 80), F = S // 160 + 1, frame i centred on i x 10 ms. Shift and scale are constants that bring speech near mean 0,
-    deviation 1: nothing to measure, nothing to store, the same in training and in a stream."""
+    """(S,) -> (F, 80), F = S // 160 + 1, frame i centred on i x 10 ms. Shift and scale are constants that bring speech
+    near mean 0, deviation 1: nothing to measure, nothing to store, the same in training and in a stream."""
     return (torch.log(_mel()(waveform).T + 1e-8) + 11) / 4
 
 
@@ -220,18 +245,21 @@ def _speed(factor):
 
 @functools.cache
 def _spec_augment():
-    return torchaudio.transforms.SpecAugment(n_time_masks=10, time_mask_param=40, n_freq_masks=2, freq_mask_param=27, p=0.05, zero_masking=True)
+    return torchaudio.transforms.SpecAugment(n_time_masks=10, time_mask_param=40, n_freq_masks=2, freq_mask_param=27,
+                                             p=0.05, zero_masking=True)
 
 
 def spec_augment(features):
-    """(F, 80) -> (F, 80): two frequency masks of up to 27 bins, ten time masks of up to 40 frames and 5 % each (arXiv 1904.08779)."""
+    """(F, 80) -> (F, 80): two frequency masks of up to 27 bins, ten time masks of up to 40 frames and 5 % each (arXiv
+    1904.08779)."""
     return _spec_augment()(features.T[None])[0].T
 
 
 # ---------------------------------------------------------------------------- text
 
 def normalise(text):
-    """What we train on and score: Unicode NFKC, upper case, letters, marks, digits and the apostrophe, single spaces."""
+    """What we train on and score: Unicode NFKC, upper case, letters, marks, digits and the apostrophe, single
+    spaces."""
     text = unicodedata.normalize("NFKC", text).upper().replace("\u2019", "'")
     return " ".join("".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
 
@@ -239,13 +267,14 @@ def normalise(text):
 def train_tokenizer(texts, vocab_size, min_frequency):
     """BPE learned from the training text. Id 0 is the transducer's blank, 1 what was never seen.
 
-    min_frequency: a merge must be seen that often, because a token that occurs a few times cannot be learned: small corpora thereby
-    get small vocabularies by themselves.
+    min_frequency: a merge must be seen that often, because a token that occurs a few times cannot be learned: small
+    corpora thereby get small vocabularies by themselves.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.normalizer = normalizers.NFKC()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=["<blank>", "<unk>"], show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency,
+                                  special_tokens=["<blank>", "<unk>"], show_progress=False)
     tokenizer.train_from_iterator((normalise(text) for text in texts), trainer)
     return tokenizer
 
@@ -272,19 +301,22 @@ class Batch:
 class Loader:
     """Batches of about equal length, at most `batch_seconds` each (padding counted), read by worker processes.
 
-    Order and augmentation of an utterance depend only on (seed, epoch, utterance): `epoch(3, skip=17)` goes on exactly where an
-    interrupted run stopped, whatever the number of workers.
+    Order and augmentation of an utterance depend only on (seed, epoch, utterance): `epoch(3, skip=17)` goes on exactly
+    where an interrupted run stopped, whatever the number of workers.
     """
 
-    def __init__(self, utterances, batch_seconds, tokenizer=None, waveforms=False, augment=False, speeds=(1.0,), workers=0, seed=0, rank=0, world=1):
+    def __init__(self, utterances, batch_seconds, tokenizer=None, waveforms=False, augment=False, speeds=(1.0,),
+                 workers=0, seed=0, rank=0, world=1):
         self.utterances, self.batch_seconds, self.tokenizer = utterances, batch_seconds, tokenizer
         self.waveforms, self.augment, self.speeds = waveforms, augment, speeds
         self.workers, self.seed, self.rank, self.world = workers, seed, rank, world
 
     def batches(self, number):
-        """Lists of utterances of this process. In training shuffled anew each epoch; lengths are jittered so that neighbours change."""
+        """Lists of utterances of this process. In training shuffled anew each epoch; lengths are jittered so that
+        neighbours change."""
         generator = torch.Generator().manual_seed(mix(self.seed, number))
-        jitter = 1 + (0.2 * torch.rand(len(self.utterances), generator=generator) if self.augment else torch.zeros(len(self.utterances)))
+        jitter = 1 + (0.2 * torch.rand(len(self.utterances), generator=generator) if self.augment
+                      else torch.zeros(len(self.utterances)))
         slowest, batches, longest = min(self.speeds), [[]], 0.0
         for i in sorted(range(len(jitter)), key=lambda i: self.utterances[i].seconds * jitter[i].item()):
             longest = max(longest, self.utterances[i].seconds / slowest)
@@ -294,13 +326,16 @@ class Loader:
             batches[-1].append(i)
         if self.augment:
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-            batches += [batches[i % len(batches)] for i in range(-len(batches) % self.world)]  # every process makes as many steps: nobody waits for ever
+            # every process makes as many steps: nobody waits for ever
+            batches += [batches[i % len(batches)] for i in range(-len(batches) % self.world)]
         return batches[self.rank::self.world]
 
     def epoch(self, number=0, skip=0):
         dataset = _Dataset(self, number)
-        return iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=self.batches(number)[skip:], num_workers=self.workers,
-                                                prefetch_factor=4 if self.workers else None, worker_init_fn=_quiet_worker))
+        return iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=self.batches(number)[skip:],
+                                                num_workers=self.workers,
+                                                prefetch_factor=4 if self.workers else None,
+                                                worker_init_fn=_quiet_worker))
 
 
 def _quiet_worker(_):
@@ -323,7 +358,8 @@ class _Dataset(torch.utils.data.Dataset):
                 waveform = load_audio(u.path)
             except UserError as error:  # one bad file never ends a run
                 failed.append(str(error))
-                if loader.augment and not queue and not kept and len(failed) < 100:  # training needs something in every batch: take a neighbour
+                # training needs something in every batch: take a neighbour
+                if loader.augment and not queue and not kept and len(failed) < 100:
                     queue.append((i + 1) % len(loader.utterances))
                 continue
             with torch.random.fork_rng(devices=[]):
@@ -340,7 +376,8 @@ class _Dataset(torch.utils.data.Dataset):
         if loader.tokenizer:
             labels = [torch.tensor(loader.tokenizer.encode(normalise(u.text)).ids, dtype=torch.long) for u in kept]
             targets, target_lengths = pad_sequence(labels, batch_first=True), torch.tensor([len(x) for x in labels])
-        return Batch([u.id for u in kept], pad_sequence(features, batch_first=True), torch.tensor([len(f) for f in features]),
+        return Batch([u.id for u in kept], pad_sequence(features, batch_first=True),
+                     torch.tensor([len(f) for f in features]),
                      waves if loader.waveforms else None, targets, target_lengths, sum(map(len, waves)) / SAMPLE_RATE,
                      [u.text for u in kept], tuple(failed))
 
@@ -348,7 +385,8 @@ class _Dataset(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------- python data.py download | check
 
 def download(part, folder):
-    """Fetch and unpack a part of LibriSpeech (CC BY 4.0); a broken download goes on where it stopped, the checksum is verified."""
+    """Fetch and unpack a part of LibriSpeech (CC BY 4.0); a broken download goes on where it stopped, the checksum is
+    verified."""
     from torchaudio.datasets.librispeech import _CHECKSUMS
     sources = {Path(url).name.removesuffix(".tar.gz"): (url, sha) for url, sha in _CHECKSUMS.items()}
     if part not in sources:
@@ -362,7 +400,8 @@ def download(part, folder):
     have = archive.stat().st_size if archive.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response, open(archive, "ab" if response.status == 206 else "wb") as file:
+        with urllib.request.urlopen(request, timeout=60) as response, open(archive, "ab" if response.status == 206
+                                                                           else "wb") as file:
             total = int(response.headers.get("Content-Length", 0)) + (have if response.status == 206 else 0)
             with tqdm(desc=part, total=total, initial=total and file.tell(), unit="B", unit_scale=True) as bar:
                 while block := response.read(1 << 20):
@@ -372,7 +411,8 @@ def download(part, folder):
         if error.code != 416:  # 416: nothing is missing
             raise UserError(f"{url}: the server says {error.code} {error.reason}; try again later")
     except OSError as error:
-        raise UserError(f"{url}: {error}; run the same command again to go on from {archive.stat().st_size if archive.exists() else 0} bytes")
+        raise UserError(f"{url}: {error}; run the same command again to go on from "
+                        f"{archive.stat().st_size if archive.exists() else 0} bytes")
     with open(archive, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha:
             archive.unlink()
@@ -386,9 +426,9 @@ def download(part, folder):
 
 def check(sources):
     """Read every file whole; print what is wrong and what there is. -> number of problems"""
-    problems = 0
+    count = 0
     for source in sources:
-        utterances = load_utterances(source)
+        utterances, problems = scan(source)
         for u in tqdm(utterances, desc=str(source), unit="file"):
             try:
                 waveform = load_audio(u.path)
@@ -399,14 +439,19 @@ def check(sources):
                 if u.seconds > LONGEST:
                     raise UserError(f"{u.path}: {u.seconds:.0f} s; training uses at most {LONGEST:.0f} s, cut it up")
             except UserError as error:
-                problems += 1
-                tqdm.write(str(error))
+                problems.append(str(error))
+        print("\n".join(problems) or f"{source}: nothing wrong")
+        count += len(problems)
+        if not utterances:
+            continue
         rates = sorted(u.seconds for u in utterances)
         letters = Counter(c for u in utterances for c in normalise(u.text or ""))
-        print(f"{source}: {summary(utterances)}, {rates[0]:.1f} to {rates[-1]:.1f} s (median {rates[len(rates) // 2]:.1f}), "
-              f"{sum(u.text is not None for u in utterances)} transcribed, characters: {''.join(sorted(letters)) or 'none'}")
-    print(f"{problems} problem{'s' * (problems != 1)}")
-    return problems
+        print(f"{source}: {summary(utterances)}, {rates[0]:.1f} to {rates[-1]:.1f} s (median "
+              f"{rates[len(rates) // 2]:.1f}), "
+              f"{sum(u.text is not None for u in utterances)} transcribed, characters: "
+              f"{''.join(sorted(letters)) or 'none'}")
+    print(f"{count} problem{'s' * (count != 1)}")
+    return count
 
 
 @polite

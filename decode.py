@@ -1,10 +1,11 @@
 """Audio to text.
 
-    python decode.py                                            # score the demo's test voices with exp/finetune: seconds
-    python decode.py talk.wav interview.mp3                     # transcribe files
+    python decode.py                              # score the demo's test voices with exp/finetune: seconds
+    python decode.py talk.wav interview.mp3       # transcribe files
     python decode.py --data LibriSpeech/test-clean --checkpoint exp/finetune-100h --method ctc
 
-Both sides of a score are normalised alike (Unicode NFKC, upper case, no punctuation but the apostrophe); words are words, CJK characters
+Both sides of a score are normalised alike (Unicode NFKC, upper case, no punctuation but the apostrophe); words are
+words, CJK characters
 count one by one (MER).
 """
 import argparse
@@ -37,7 +38,8 @@ class Errors:
     alignment: tuple = ()       # of (reference word or "*", hypothesis word or "*")
 
     def __add__(self, other):
-        return Errors(self.substitutions + other.substitutions, self.deletions + other.deletions, self.insertions + other.insertions, self.words + other.words)
+        return Errors(self.substitutions + other.substitutions, self.deletions + other.deletions,
+                      self.insertions + other.insertions, self.words + other.words)
 
     @property
     def total(self):
@@ -49,7 +51,8 @@ class Errors:
         return 100 * self.total / max(1, self.words)
 
     def __str__(self):
-        return f"%WER {self.rate:.2f} [ {self.total} / {self.words}, {self.insertions} ins, {self.deletions} del, {self.substitutions} sub ]"
+        kinds = f"{self.insertions} ins, {self.deletions} del, {self.substitutions} sub"
+        return f"%WER {self.rate:.2f} [ {self.total} / {self.words}, {kinds} ]"
 
 
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -79,15 +82,16 @@ def word_errors(reference, hypothesis):
         else:
             j -= 1
             pairs.append(("*", hyp[j]))
-    return Errors(sum(r != h and "*" not in (r, h) for r, h in pairs), sum(h == "*" for _, h in pairs), sum(r == "*" for r, _ in pairs), len(ref), tuple(pairs[::-1]))
+    return Errors(sum(r != h and "*" not in (r, h) for r, h in pairs), sum(h == "*" for _, h in pairs),
+                  sum(r == "*" for r, _ in pairs), len(ref), tuple(pairs[::-1]))
 
 
 # ---------------------------------------------------------------------------- search
 
 @torch.no_grad()
 def greedy_transducer(student, hidden, lengths, max_symbols=5):
-    """hidden (B, T, d), lengths (B,) -> list of B label lists. Frame by frame for the whole batch at once; in a frame a row goes on
-    emitting until blank wins or it has emitted `max_symbols`."""
+    """hidden (B, T, d), lengths (B,) -> list of B label lists. Frame by frame for the whole batch at once; in a frame a
+    row goes on emitting until blank wins or it has emitted `max_symbols`."""
     B, T, _ = hidden.shape
     encoded = student.joiner.encoder(hidden)
     labels = torch.full((B, 1), BLANK, device=hidden.device)
@@ -132,7 +136,8 @@ def transcribe(student, tokenizer, batch, device, dtype=torch.float32, method="t
 def load_recogniser(path, device):
     checkpoint = model.load_checkpoint(path)
     if "tokenizer" not in checkpoint:
-        raise UserError(f"{path} comes from stage 1 and cannot write text yet; next: python finetune_rnnt.py --init {path}")
+        raise UserError(f"{path} comes from stage 1 and cannot write text yet; next: python finetune_rnnt.py --init "
+                        f"{path}")
     return model.load_student(checkpoint).to(device).eval(), Tokenizer.from_str(checkpoint["tokenizer"])
 
 
@@ -140,11 +145,17 @@ def load_recogniser(path, device):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("audio", nargs="*", metavar="AUDIO", help="files or folders to transcribe")
-    parser.add_argument("--data", nargs="+", metavar="SOURCE", help="transcribed audio to score on (default without AUDIO: the demo's test voices)")
-    parser.add_argument("--checkpoint", type=Path, default=Path("exp/finetune"), help="run directory or file (default %(default)s)")
-    parser.add_argument("--method", choices=list(METHODS), default="transducer", help="greedy search of either output (default %(default)s)")
-    parser.add_argument("--batch-seconds", type=float, default=120, help="seconds of audio decoded at once (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSONL with text, errors and alignment of each utterance (default with --data: CHECKPOINT/scores.jsonl)")
+    parser.add_argument("--data", nargs="+", metavar="SOURCE",
+                        help="transcribed audio to score on (default without AUDIO: the demo's test voices)")
+    parser.add_argument("--checkpoint", type=Path, default=Path("exp/finetune"),
+                        help="run directory or file (default %(default)s)")
+    parser.add_argument("--method", choices=list(METHODS), default="transducer",
+                        help="greedy search of either output (default %(default)s)")
+    parser.add_argument("--batch-seconds", type=float, default=120,
+                        help="seconds of audio decoded at once (default %(default)s)")
+    parser.add_argument("--out", type=Path,
+                        help="JSONL with text, errors and alignment of each utterance (default with --data: "
+                             "CHECKPOINT/scores.jsonl)")
     parser.add_argument("--workers", type=int, default=1, help="processes that read audio (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
@@ -153,9 +164,11 @@ def main(argv=None):
 
     device, dtype, why = running.choose_device(args.device)
     student, tokenizer = load_recogniser(args.checkpoint, device)
-    print(f"{why}; {args.checkpoint}: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} tokens, greedy {args.method}", file=sys.stderr)
+    print(f"{why}; {args.checkpoint}: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} "
+          f"tokens, greedy {args.method}", file=sys.stderr)
     failed = []
-    utterances = data.load_sources(args.audio or args.data or [DEMO / "corpus/test"], transcribed=not args.audio, on_error=failed.append)
+    utterances = data.load_sources(args.audio or args.data or [DEMO / "corpus/test"], transcribed=not args.audio,
+                                   on_error=failed.append)
     for error in failed:
         print(f"skipped: {error}", file=sys.stderr)
     if not utterances:
@@ -179,7 +192,8 @@ def main(argv=None):
                 tqdm.write(f"skipped: {problem}", file=sys.stderr)
             bar.update(round(batch.seconds))
     seconds = sum(u.seconds for u in utterances if u.id in texts)
-    rtf = f"RTF {compute / max(seconds, 1e-9):.4f} ({seconds:.0f} s of audio, {compute:.1f} s to compute, {time.time() - started:.1f} s with reading)"
+    rtf = (f"RTF {compute / max(seconds, 1e-9):.4f} ({seconds:.0f} s of audio, {compute:.1f} s to compute, "
+           f"{time.time() - started:.1f} s with reading)")
     if args.audio:
         for u in utterances:
             if u.id in texts:
@@ -195,7 +209,8 @@ def main(argv=None):
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     print(total)
     print(rtf)
-    print(f"normalised: NFKC, upper case, no punctuation but the apostrophe; {len(rows)} utterances, {len(failed)} could not be read; alignments: {out}")
+    print(f"normalised: NFKC, upper case, no punctuation but the apostrophe; {len(rows)} utterances, {len(failed)} "
+          f"could not be read; alignments: {out}")
     return 0
 
 

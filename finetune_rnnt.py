@@ -36,18 +36,23 @@ def stage2_loss(student, batch, ctc_weight):
 
 
 def new_student(args, tokenizer, say):
-    """Everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head. -> (student, what to remember of its origin)"""
+    """Everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head. -> (student, what to
+    remember of its origin)"""
     new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=())
     if args.init == "none":
         say(f"from scratch: nothing inherited, size {args.size or 'nano'}")
-        return model.Student(replace(model.PRESETS[args.size or "nano"], **new)), {"size": args.size or "nano", "teachers": []}
+        return model.Student(replace(model.PRESETS[args.size or "nano"], **new)), {"size": args.size or "nano",
+                                                                                   "teachers": []}
     checkpoint = model.load_checkpoint(args.init)
     if args.size and args.size != checkpoint.get("size"):
-        raise UserError(f"--size {args.size}, but {args.init} holds a {checkpoint.get('size')} student; leave --size out or use --init none")
+        raise UserError(f"--size {args.size}, but {args.init} holds a {checkpoint.get('size')} student; leave --size "
+                        f"out or use --init none")
     student = model.load_student(checkpoint, **new)
     inherited = sum(p.numel() for p in student.encoder.parameters())
-    say(f"inherited from {args.init}: the {checkpoint.get('size')} encoder, {inherited / 1e6:.1f} M parameters, step {checkpoint.get('step')}, taught by "
-        + ", ".join(teacher["spec"] for teacher in checkpoint.get("teachers", [])) + "; new: predictor, joiner, CTC head")
+    say(f"inherited from {args.init}: the {checkpoint.get('size')} encoder, {inherited / 1e6:.1f} M parameters, step "
+        f"{checkpoint.get('step')}, taught by "
+        + ", ".join(teacher["spec"]
+                    for teacher in checkpoint.get("teachers", [])) + "; new: predictor, joiner, CTC head")
     return student, {key: checkpoint.get(key) for key in ("size", "teachers")}
 
 
@@ -56,16 +61,22 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_source_options(parser, unlabelled=False)
     group = parser.add_argument_group("student")
-    group.add_argument("--init", default="exp/pretrain", help="run directory or checkpoint of stage 1, or 'none' (default %(default)s)")
-    group.add_argument("--size", choices=list(model.PRESETS), help="of the student with --init none (default nano); otherwise stage 1 decided")
+    group.add_argument("--init", default="exp/pretrain",
+                       help="run directory or checkpoint of stage 1, or 'none' (default %(default)s)")
+    group.add_argument("--size", choices=list(model.PRESETS),
+                       help="of the student with --init none (default nano); otherwise stage 1 decided")
     group.add_argument("--vocab-size", type=int, default=256, help="BPE tokens at most (default %(default)s)")
-    group.add_argument("--min-frequency", type=int, default=100, help="a token must be that frequent in the training text, so little text "
+    group.add_argument("--min-frequency", type=int, default=100,
+                       help="a token must be that frequent in the training text, so little text "
                        "gives small tokens, down to letters (default %(default)s)")
     group.add_argument("--predictor", choices=["lstm", "stateless"], default="lstm", help="default %(default)s")
     group.add_argument("--ctc-weight", type=float, default=0.3, help="c above (default %(default)s)")
-    group.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of predictor, joiner and CTC head (default %(default)s)")
-    group.add_argument("--encoder-lr", type=float, default=1e-3, help="peak learning rate of the encoder (default %(default)s)")
-    group.add_argument("--freeze-steps", type=int, help="updates before the encoder learns too, so that the random new parts do not spoil it "
+    group.add_argument("--lr", type=float, default=5e-3,
+                       help="peak learning rate of predictor, joiner and CTC head (default %(default)s)")
+    group.add_argument("--encoder-lr", type=float, default=1e-3,
+                       help="peak learning rate of the encoder (default %(default)s)")
+    group.add_argument("--freeze-steps", type=int,
+                       help="updates before the encoder learns too, so that the random new parts do not spoil it "
                        "(default: a tenth of --steps; none with --init none)")
     running.add_training_options(parser, out="exp/finetune", steps=450)
     args = parser.parse_args(argv)
@@ -91,13 +102,17 @@ def main(argv=None):
         tokenizer = data.train_tokenizer([u.text for u in train_set], args.vocab_size, args.min_frequency)
         student, origin = new_student(args, tokenizer, say)
     student.to(device)
-    say(f"student: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} tokens, {args.predictor} predictor")
-    loader = data.Loader(train_set, args.batch_seconds, tokenizer, augment=True, speeds=args.speeds, workers=args.workers, seed=args.seed, rank=rank, world=world)
+    say(f"student: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} tokens, "
+        f"{args.predictor} predictor")
+    loader = data.Loader(train_set, args.batch_seconds, tokenizer, augment=True, speeds=args.speeds,
+                         workers=args.workers, seed=args.seed, rank=rank, world=world)
     dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers)
     new = [p for name, p in student.named_parameters() if not name.startswith("encoder.")]
-    optimizer = torch.optim.AdamW([{"params": new}, {"params": list(student.encoder.parameters()), "lr": args.encoder_lr}],
+    optimizer = torch.optim.AdamW([{"params": new},
+                                   {"params": list(student.encoder.parameters()), "lr": args.encoder_lr}],
                                   lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
-    freeze_steps = args.freeze_steps if args.freeze_steps is not None else 0 if args.init == "none" else args.steps // 10
+    default = 0 if args.init == "none" else args.steps // 10
+    freeze_steps = default if args.freeze_steps is None else args.freeze_steps
 
     def before_step(step):
         student.encoder.requires_grad_(step >= freeze_steps)
@@ -116,7 +131,8 @@ def main(argv=None):
         return {"dev WER": totals["transducer"].rate, "dev WER of CTC": totals["ctc"].rate}, totals["transducer"].rate
 
     extra = {"config": student.config, "stage": 2, "tokenizer": tokenizer.to_str(), "init": str(args.init), **origin}
-    code = running.train(this, student, loader, lambda batch: stage2_loss(student, batch, args.ctc_weight), evaluate, optimizer, extra,
+    code = running.train(this, student, loader, lambda batch: stage2_loss(student, batch, args.ctc_weight), evaluate,
+                         optimizer, extra,
                          device, dtype, rank, world, before_step)
     if code == 0:
         say(f"next: python decode.py --checkpoint {args.out}")

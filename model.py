@@ -1,10 +1,11 @@
-"""The student and everything differentiable: Conformer encoder, projection heads, predictor, joiner, CTC head, the losses, checkpoints.
+"""The student and everything differentiable: Conformer encoder, heads, predictor, joiner, CTC, losses, checkpoints.
 
-Axes: B batch, F feature frames (100 Hz), T encoder frames (25 Hz), U labels, V vocabulary with blank 0, d encoder width, D teacher width.
+Axes: B batch, F feature frames (100 Hz), T encoder frames (25 Hz), U labels, V vocabulary with blank 0, d encoder
+width, D teacher width.
 
-    features (B, F, 80) --encoder--> hidden (B, T, d) --heads[k]--> prediction of teacher k's embedding (B, T, D_k)      stage 1
+    features (B, F, 80) --encoder--> hidden (B, T, d) --heads[k]--> teacher k's embedding (B, T, D_k)        stage 1
                                             |--ctc--> (B, T, V)
-                                            '--joiner( . , predictor(labels))--> (B, T, U+1, V)                          stage 2
+                                            '--joiner( . , predictor(labels))--> (B, T, U+1, V)              stage 2
 """
 import os
 import pickle
@@ -18,7 +19,6 @@ from torch import nn
 from run import UserError
 
 BLANK = 0
-SUBSAMPLING = 4  # feature frames (10 ms) per encoder frame (40 ms)
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Config:
 
 PRESETS = {  # parameters with a vocabulary of 256
     "nano": Config(),                                                                                    # 3.0 M
-    "small": Config(layers=16, channels=144, predictor_dim=320, joiner_dim=320),                         # 9.5 M, Conformer-S
-    "medium": Config(dim=256, layers=16, channels=256, predictor_dim=640, joiner_dim=640),               # 31 M, Conformer-M
-    "large": Config(dim=512, layers=17, heads=8, channels=512, predictor_dim=640, joiner_dim=640),       # 115 M, Conformer-L
+    "small": Config(layers=16, channels=144, predictor_dim=320, joiner_dim=320),                        # 9.5 M
+    "medium": Config(dim=256, layers=16, channels=256, predictor_dim=640, joiner_dim=640),              # 31 M
+    "large": Config(dim=512, layers=17, heads=8, channels=512, predictor_dim=640, joiner_dim=640),      # 115 M
 }
 
 
-# ---------------------------------------------------------------------------- Conformer (Gulati et al., arXiv 2005.08100)
+# ---------------------------------------------------------------------------- Conformer (arXiv 2005.08100)
 
 def valid_mask(lengths, size):
     """lengths (B,) -> (B, size) bool, True on frames that exist."""
@@ -58,8 +58,8 @@ def valid_mask(lengths, size):
 class Subsampling(nn.Module):
     """Two 3x3 convolutions of stride 2: (B, F, 80) at 100 Hz -> (B, T, d) at 25 Hz, T = ceil(F / 2) // 2.
 
-    The second one pads only on the right, which centres frame t on feature frame 4t + 2, the middle of its 40 ms: the same instant
-    on which the teachers' embeddings of frame t are centred.
+    The second one pads only on the right, which centres frame t on feature frame 4t + 2, the middle of its 40 ms: the
+    same instant on which the teachers' embeddings of frame t are centred.
     """
 
     def __init__(self, config):
@@ -69,7 +69,8 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(config.channels * (config.feature_dim // 4), config.dim)
 
     def forward(self, features, lengths):
-        x = features * valid_mask(lengths, features.shape[1])[..., None]               # what lies behind an utterance must not leak in
+        # what lies behind an utterance must not leak in
+        x = features * valid_mask(lengths, features.shape[1])[..., None]
         x = F.relu(self.conv1(x[:, None]))                                             # (B, C, F/2, 40)
         lengths = (lengths + 1) // 2
         x = x * valid_mask(lengths, x.shape[2])[:, None, :, None]
@@ -78,7 +79,8 @@ class Subsampling(nn.Module):
 
 
 def rotary(x, positions):
-    """Rotary positions (arXiv 2104.09864). x (B, H, T, c), positions (T,): relative order enters the attention without a table."""
+    """Rotary positions (arXiv 2104.09864). x (B, H, T, c), positions (T,): relative order enters the attention without
+    a table."""
     half = x.shape[-1] // 2
     frequencies = 10000 ** (-torch.arange(half, device=x.device) / half)
     angles = positions[:, None] * frequencies                                          # (T, c/2)
@@ -105,7 +107,8 @@ class Attention(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Pointwise + GLU, depthwise, LayerNorm (not BatchNorm: its statistics would mix utterances and padding), pointwise."""
+    """Pointwise + GLU, depthwise, LayerNorm (not BatchNorm: its statistics would mix utterances and padding),
+    pointwise."""
 
     def __init__(self, config):
         super().__init__()
@@ -116,7 +119,8 @@ class Convolution(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
 
     def forward(self, x, valid):
-        x = F.glu(self.expand(self.norm(x))) * valid[..., None]                        # zeros behind the end, as at the edge of a lone utterance
+        # zeros behind the end, as at the edge of a lone utterance
+        x = F.glu(self.expand(self.norm(x))) * valid[..., None]
         x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
         return self.out(F.silu(self.depthwise_norm(x)))
 
@@ -142,7 +146,8 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """features (B, F, 80), lengths (B,) -> hidden (B, T, d), lengths (B,). An utterance's output does not depend on its batch."""
+    """features (B, F, 80), lengths (B,) -> hidden (B, T, d), lengths (B,). An utterance's output does not depend on its
+    batch."""
 
     def __init__(self, config):
         super().__init__()
@@ -158,10 +163,11 @@ class Encoder(nn.Module):
         return x, lengths
 
 
-# ---------------------------------------------------------------------------- transducer parts (Graves, arXiv 1211.3711)
+# ---------------------------------------------------------------------------- transducer parts (arXiv 1211.3711)
 
 class StatelessPredictor(nn.Module):
-    """Sees the last two labels only (arXiv 2109.07513, "reduced" predictor): little to overfit, and its state is one label."""
+    """Sees the last two labels only (arXiv 2109.07513, "reduced" predictor): little to overfit, and its state is one
+    label."""
 
     def __init__(self, config):
         super().__init__()
@@ -206,7 +212,8 @@ class Joiner(nn.Module):
 
 
 class Student(nn.Module):
-    """Encoder, one projection head per teacher (stage 1), predictor + joiner + CTC head (stage 2): what the config asks for."""
+    """Encoder, one projection head per teacher (stage 1), predictor + joiner + CTC head (stage 2): what the config asks
+    for."""
 
     def __init__(self, config):
         super().__init__()
@@ -220,7 +227,8 @@ class Student(nn.Module):
 
     def predict(self, targets):
         """targets (B, U) -> predictor outputs (B, U+1, P): one before the first label, one after each."""
-        return F.dropout(self.predictor(F.pad(targets, (1, 0), value=BLANK))[0], self.config.predictor_dropout, self.training)
+        return F.dropout(self.predictor(F.pad(targets, (1, 0), value=BLANK))[0], self.config.predictor_dropout,
+                         self.training)
 
     @property
     def parameter_count(self):
@@ -230,13 +238,16 @@ class Student(nn.Module):
 # ---------------------------------------------------------------------------- losses
 
 def distillation_loss(prediction, target, lengths):
-    """Stage 1: L = sum over valid frames of mean over dims |p - e|   (arXiv 2303.10917; divide by the frame count for the mean).
+    """Stage 1: L = sum over valid frames of mean over dims |p - e|   (arXiv 2303.10917; divide by the frame count for
+    the mean).
 
     prediction (B, T, D), target (B, T', D) of a teacher, lengths (B,) valid frames -> (loss, count of frames).
-    Two clocks may differ by a frame or two at the end: both are cut to the shorter; more than two is an alignment error.
+    Two clocks may differ by a frame or two at the end: both are cut to the shorter; more than two is an alignment
+    error.
     """
     if abs(prediction.shape[1] - target.shape[1]) > 2:
-        raise ValueError(f"student has {prediction.shape[1]} frames, teacher {target.shape[1]}: they must differ by at most 2")
+        raise ValueError(f"student has {prediction.shape[1]} frames, teacher {target.shape[1]}: they must differ by "
+                         f"at most 2")
     T = min(prediction.shape[1], target.shape[1])
     lengths = lengths.clamp(max=T)
     error = (prediction[:, :T] - target[:, :T]).abs().mean(dim=-1)                     # (B, T)
@@ -246,8 +257,10 @@ def distillation_loss(prediction, target, lengths):
 def transducer_loss(logits, targets, logit_lengths, target_lengths, blank=BLANK, reduction="mean"):
     """-log P(targets | logits), summed over all alignments (Graves 2012, eq. 16-21), exact, with an exact gradient.
 
-    logits (B, T, U+1, V) float, unnormalised; targets (B, U) int; lengths (B,) int; reduction none | mean | sum, over the batch.
-    A frame may emit several labels, so U may exceed T. What lies behind an utterance's lengths gets zero gradient, NaN included.
+    logits (B, T, U+1, V) float, unnormalised; targets (B, U) int; lengths (B,) int; reduction none | mean | sum, over
+    the batch.
+    A frame may emit several labels, so U may exceed T. What lies behind an utterance's lengths gets zero gradient, NaN
+    included.
     Computed in float32 whatever autocast says, the small lattice in float64 (float32 on MPS, which has no float64).
     Raises ValueError naming the argument for shapes, ranges or lengths that do not fit.
     """
@@ -256,57 +269,71 @@ def transducer_loss(logits, targets, logit_lengths, target_lengths, blank=BLANK,
     if min(B, T, U1, V) == 0:
         raise ValueError(f"logits must be a non-empty (B, T, U+1, V) tensor, found shape {tuple(logits.shape)}")
     if targets.shape != (B, U1 - 1):
-        raise ValueError(f"targets must have shape (B, U) = {(B, U1 - 1)} for logits {tuple(logits.shape)}, found {tuple(targets.shape)}")
+        raise ValueError(f"targets must have shape (B, U) = {(B, U1 - 1)} for logits {tuple(logits.shape)}, found "
+                         f"{tuple(targets.shape)}")
     for name, (lengths, low, high) in limits.items():
         if lengths.shape != (B,) or lengths.min() < low or lengths.max() > high:
             raise ValueError(f"{name} must be {B} numbers in [{low}, {high}], found {lengths.tolist()}")
     if not 0 <= blank < V or reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"blank must be in [0, {V}) and reduction one of none, mean, sum; found blank={blank}, reduction={reduction!r}")
+        raise ValueError(f"blank must be in [0, {V}) and reduction one of none, mean, sum; found blank={blank}, "
+                         f"reduction={reduction!r}")
     inside = targets[valid_mask(target_lengths, U1 - 1)]
     if inside.numel() and (inside.min() < 0 or inside.max() >= V or (inside == blank).any()):
-        raise ValueError(f"targets must be labels in [0, {V}) other than blank={blank}, found {inside.min().item()} to {inside.max().item()}")
+        raise ValueError(f"targets must be labels in [0, {V}) other than blank={blank}, found {inside.min().item()} "
+                         f"to {inside.max().item()}")
     with torch.autocast(logits.device.type, enabled=False):
         loss = TransducerLoss.apply(logits, targets.long(), logit_lengths.long(), target_lengths.long(), blank)
     return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[reduction]
 
 
 class TransducerLoss(torch.autograd.Function):
-    """Only two entries of each node's softmax, blank and the next label, are arcs of the lattice. So forward keeps the arcs and each
-    node's log-normaliser, (B, T, U+1) each, and backward makes the softmax again straight into the gradient: beside `logits` and its
-    gradient nothing of size V lives. One utterance at a time, so padding costs nothing and NaN in it does no harm.
+    """Only two entries of each node's softmax, blank and the next label, are arcs of the lattice. So forward keeps the
+    arcs and each node's log-normaliser, (B, T, U+1) each, and backward makes the softmax again straight into the
+    gradient: beside `logits` and its gradient nothing of size V lives. One utterance at a time, so padding costs
+    nothing and NaN in it does no harm.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, T, U, blank):
         B, exact = len(logits), torch.float32 if logits.device.type == "mps" else torch.float64
         norm = logits.new_zeros(logits.shape[:3], dtype=torch.float32)
-        blanks, labels = norm.to(exact), norm.to(exact)                                # log-probabilities of the arcs leaving (t, u)
+        # log-probabilities of the arcs leaving (t, u)
+        blanks, labels = norm.to(exact), norm.to(exact)
         for b, (t, u) in enumerate(zip(T.tolist(), U.tolist())):
             z = logits[b, :t, :u + 1].float()
             norm[b, :t, :u + 1] = z.logsumexp(-1)
             blanks[b, :t, :u + 1] = z[..., blank].to(exact) - norm[b, :t, :u + 1]
-            labels[b, :t, :u] = z[:, :u].gather(-1, targets[b, :u].expand(t, u)[..., None])[..., 0].to(exact) - norm[b, :t, :u]
-        blanks, labels = blanks.clamp(min=-1e5), labels.clamp(min=-1e5)                # "impossible", yet finite in a cumulative sum
+            z_label = z[:, :u].gather(-1, targets[b, :u].expand(t, u)[..., None])[..., 0]
+            labels[b, :t, :u] = z_label.to(exact) - norm[b, :t, :u]
+        # "impossible", yet finite in a cumulative sum
+        blanks, labels = blanks.clamp(min=-1e5), labels.clamp(min=-1e5)
 
-        # beta is alpha of the lattice turned by 180 degrees (each utterance within its own T x U+1 corner): one pass does both
+        # beta is alpha of the lattice turned by 180 degrees (each utterance within its own T x U+1 corner): one pass
+        # does both
         rows, columns = torch.arange(norm.shape[1], device=T.device), torch.arange(norm.shape[2], device=T.device)
         every = torch.arange(B, device=T.device)
-        turn = lambda x: x[every[:, None, None], (T[:, None] - 1 - rows).clamp(0)[:, :, None], (U[:, None] - columns).clamp(0)[:, None]]
-        into_blank = torch.cat([F.pad(blanks, (0, 0, 1, 0))[:, :-1], turn(blanks)])    # the arcs that enter (t, u), from below and ...
-        into_label = torch.cat([F.pad(labels, (1, 0))[:, :, :-1], turn(labels)])       # ... from the left, in (2B, T, U+1)
+        turn = lambda x: x[every[:, None, None], (T[:, None] - 1 - rows).clamp(0)[:, :, None],
+                           (U[:, None] - columns).clamp(0)[:, None]]
+        # the arcs that enter (t, u), from below and ...
+        into_blank = torch.cat([F.pad(blanks, (0, 0, 1, 0))[:, :-1], turn(blanks)])
+        # ... from the left, in (2B, T, U+1)
+        into_label = torch.cat([F.pad(labels, (1, 0))[:, :, :-1], turn(labels)])
         alpha, beta = lattice_scan(into_blank, into_label).chunk(2)
         beta = turn(beta)
         last = every, T - 1, U
         log_p = alpha[last] + blanks[last]
 
-        # posterior of each arc: exp(alpha before + arc + beta behind - log P); behind the last blank lies the end, with beta 0
+        # posterior of each arc: exp(alpha before + arc + beta behind - log P); behind the last blank lies the end, with
+        # beta 0
         impossible = -1e30 if exact == torch.float64 else -1e9
-        after_blank = F.pad(beta, (0, 0, 0, 1), value=impossible)[:, 1:].index_put((last[0], T - 1), torch.full_like(beta[:, 0], impossible))
+        after_blank = F.pad(beta, (0, 0, 0, 1), value=impossible)[:, 1:].clone()
+        after_blank[every, T - 1] = impossible
         after_blank[last] = 0
         after_label = F.pad(beta, (0, 1), value=impossible)[:, :, 1:]
         valid = valid_mask(T, norm.shape[1])[:, :, None] & valid_mask(U + 1, norm.shape[2])[:, None]
         via_blank = (alpha + blanks + after_blank - log_p[:, None, None]).exp().where(valid, 0)
-        via_label = (alpha + labels + after_label - log_p[:, None, None]).exp().where(valid & valid_mask(U, norm.shape[2])[:, None], 0)
+        has_label = valid & valid_mask(U, norm.shape[2])[:, None]
+        via_label = (alpha + labels + after_label - log_p[:, None, None]).exp().where(has_label, 0)
         ctx.save_for_backward(logits, targets, T, U, norm, via_blank.float(), via_label.float())
         ctx.blank = blank
         return -log_p.float()
@@ -326,9 +353,11 @@ class TransducerLoss(torch.autograd.Function):
 
 
 def lattice_scan(into_blank, into_label):
-    """x[t, u] = logaddexp(x[t-1, u] + into_blank[t, u], x[t, u-1] + into_label[t, u]), started by into_blank[0, 0]; all (B, T, U+1).
+    """x[t, u] = logaddexp(x[t-1, u] + into_blank[t, u], x[t, u-1] + into_label[t, u]), started by into_blank[0, 0]; all
+    (B, T, U+1).
 
-    Along t this is a cumulative log-sum-exp of what enters from the left, once the running sum of the blanks is taken off:
+    Along t this is a cumulative log-sum-exp of what enters from the left, once the running sum of the blanks is taken
+    off:
     U+1 steps over whole (B, T) columns instead of T x U single ones.
     """
     climbed = into_blank.cumsum(1)
@@ -352,7 +381,8 @@ def save_checkpoint(path, **entries):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); what was there before is intact: free some space and run the same command again")
+        raise UserError(f"cannot write {path} ({error}); what was there before is intact: free some space and run the "
+                        f"same command again")
 
 
 def load_checkpoint(path):
@@ -367,12 +397,14 @@ def load_checkpoint(path):
         if not isinstance(checkpoint, dict) or "format" not in checkpoint:
             raise TypeError("not a dict of ours")
     except (RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a checkpoint of ours or is damaged ({type(error).__name__}); delete it or give another")
+        raise UserError(f"{path} is not a checkpoint of ours or is damaged ({type(error).__name__}); delete it or "
+                        f"give another")
     return checkpoint
 
 
 def load_student(checkpoint, **changes):
-    """The Student that a checkpoint describes, with its weights; `changes` replace fields of its config (new parts stay untrained)."""
+    """The Student that a checkpoint describes, with its weights; `changes` replace fields of its config (new parts stay
+    untrained)."""
     known = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()})
     student = Student(replace(known, **changes))
     weights = checkpoint["model"]

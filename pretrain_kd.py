@@ -1,6 +1,6 @@
-"""Stage 1: several frozen speech foundation models teach the student's encoder by their embeddings; no transcripts needed.
+"""Stage 1: several frozen speech foundation models teach the student's encoder by their embeddings; no transcripts.
 
-    python pretrain_kd.py                                     # the demo: two small teachers, 1.1 h of audio; minutes on a laptop CPU
+    python pretrain_kd.py                 # the demo: two small teachers, 1.2 h of audio; minutes on a laptop CPU
     python pretrain_kd.py --data LibriSpeech/train-clean-100 --unlabelled LibriSpeech/train-clean-360 \\
         --teachers microsoft/wavlm-base-plus facebook/hubert-base-ls960:9 openai/whisper-base \\
         --size small --steps 50000 --batch-seconds 400 --out exp/pretrain-100h                       # one GPU
@@ -25,20 +25,20 @@ import run as running
 from run import DEMO, UserError
 
 STUDENT_RATE = 25                       # frames per second
-SAMPLES_PER_FRAME = data.SAMPLE_RATE // STUDENT_RATE
 
 
 # ---------------------------------------------------------------------------- teachers
 
 class Teacher:
-    """A frozen Hugging Face audio encoder: Teacher("name-or-folder[:layer]")(waveforms) -> embeddings at the student's 25 Hz.
+    """A frozen Hugging Face audio encoder: Teacher("name-or-folder[:layer]")(waveforms) -> embeddings at the student's
+    25 Hz.
 
-    layer: "last" (default) or the number of a hidden layer, 0 being what enters the first one.
-    dim: width of an embedding. A teacher of 50 Hz gives its frames 2t and 2t+1 side by side for student frame t, so dim is 2D; other
-    rates (Moonshine: 41.7 Hz) are first interpolated linearly to the nearest multiple of 25 Hz.
-    mean, std (dim,): set by `standardise`, else 0 and 1.
-    One law: the embedding of an utterance does not depend on its batch. Some architectures break it when padded (group norm before
-    the first layer sees the padding), so we measure it at the start: those listen to one utterance at a time.
+    layer: "last" (default) or the number of a hidden layer, 0 being what enters the first one. dim: width of an
+    embedding. A teacher of 50 Hz gives its frames 2t and 2t+1 side by side for student frame t, so dim is 2D; other
+    rates (Moonshine: 41.7 Hz) are first interpolated linearly to the nearest multiple of 25 Hz. mean, std (dim,): set
+    by `standardise`, else 0 and 1. One law: the embedding of an utterance does not depend on its batch. Some
+    architectures break it when padded (group norm before the first layer sees the padding), so we measure it at the
+    start: those listen to one utterance at a time.
     """
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
@@ -51,8 +51,10 @@ class Teacher:
             self.extractor = AutoFeatureExtractor.from_pretrained(self.name)
             encoder = AutoModel.from_pretrained(self.name, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"teacher {self.name}: {str(error).strip().splitlines()[0]} - give a folder or a hub name of a speech model with a "
-                            f"feature extractor (hf download {self.name} fetches one; afterwards HF_HUB_OFFLINE=1 stays off the network)")
+            raise UserError(f"teacher {self.name}: {str(error).strip().splitlines()[0]} - give a folder or a hub name "
+                            f"of a speech model with a "
+                            f"feature extractor (hf download {self.name} fetches one; afterwards HF_HUB_OFFLINE=1 "
+                            f"stays off the network)")
         if config.is_encoder_decoder:
             encoder = encoder.get_encoder()
         self.encoder = encoder.to(self.device).eval().requires_grad_(False)
@@ -60,9 +62,12 @@ class Teacher:
             raise UserError(f"teacher {self.name}: not a speech model that listens at {data.SAMPLE_RATE} Hz")
         self.batched = True
         self.window = getattr(self.extractor, "n_samples", None)  # Whisper: every input has this length
-        self.layer, layers = layer, getattr(config, "encoder_layers", None) or getattr(config, "encoder_num_hidden_layers", None) or config.num_hidden_layers
+        self.layer, layers = layer, getattr(config, "encoder_layers", None) or getattr(config,
+                                                                                       "encoder_num_hidden_layers",
+                                                                                       None) or config.num_hidden_layers
         if layer != "last" and not (layer.isdigit() and int(layer) <= layers):
-            raise UserError(f"teacher {self.name} has no layer {layer!r}; choose {self.name}:last or {self.name}:0 to {self.name}:{layers}")
+            raise UserError(f"teacher {self.name} has no layer {layer!r}; choose {self.name}:last or {self.name}:0 to "
+                            f"{self.name}:{layers}")
 
         # ---- frame rate and width, measured; 3.84 s is a whole number of frames at every rate in use
         short, long = self._listen([torch.zeros(16_000)])[0], self._listen([torch.zeros(16_000 + 61_440)])[0]
@@ -80,12 +85,15 @@ class Teacher:
 
     def __str__(self):
         million = sum(p.numel() for p in self.encoder.parameters()) / 1e6
-        return (f"{self.spec}: {type(self.encoder).__name__}, {million:.1f} M parameters, {self.rate:.4g} Hz, layer {self.layer}, "
-                f"target {self.dim} wide, {'in batches' if self.batched else 'one utterance at a time (padding would change it)'}")
+        return (f"{self.spec}: {type(self.encoder).__name__}, {million:.1f} M parameters, {self.rate:.4g} Hz, layer "
+                f"{self.layer}, "
+                f"target {self.dim} wide, "
+                f"{'in batches' if self.batched else 'one utterance at a time (padding would change it)'}")
 
     @torch.no_grad()
     def __call__(self, waveforms, lengths=None):
-        """waveforms: list of (S,) at 16 kHz, or (B, S) padded with lengths (B,) -> standardised embeddings (B, T, dim), lengths (B,) at 25 Hz."""
+        """waveforms: list of (S,) at 16 kHz, or (B, S) padded with lengths (B,) -> standardised embeddings (B, T, dim),
+        lengths (B,) at 25 Hz."""
         if lengths is not None:
             waveforms = [w[:n] for w, n in zip(waveforms, lengths.tolist())]
         embeddings = [align(e, self.rate, self.stack) for e in self._listen([w.cpu() for w in waveforms])]
@@ -97,14 +105,16 @@ class Teacher:
         """list of (S,) -> list of (T, D), at the teacher's own frame rate, float32."""
         if self.window:  # longer than the window: in pieces, each padded to the window, its frames cut to the audio
             pieces = [w.split(self.window) for w in waveforms]
-            inputs = self.extractor([p.numpy() for ps in pieces for p in ps], sampling_rate=data.SAMPLE_RATE, return_tensors="pt")
+            inputs = self.extractor([p.numpy() for ps in pieces for p in ps], sampling_rate=data.SAMPLE_RATE,
+                                    return_tensors="pt")
             frames = self._encode(inputs)
             size = self.window // frames.shape[1]  # samples per frame
             frames = iter(frames)
             return [torch.cat([next(frames)[:max(1, len(p) // size)] for p in ps]) for ps in pieces]
         out = []
         for group in [waveforms] if self.batched else [[w] for w in waveforms]:
-            inputs = self.extractor([w.numpy() for w in group], sampling_rate=data.SAMPLE_RATE, return_tensors="pt", padding=True)
+            inputs = self.extractor([w.numpy() for w in group], sampling_rate=data.SAMPLE_RATE, return_tensors="pt",
+                                    padding=True)
             frames = self._encode(inputs)
             out += [e[:self._frames(len(w), frames.shape[1], max(map(len, group)))] for w, e in zip(group, frames)]
         return out
@@ -115,7 +125,8 @@ class Teacher:
         return (out.last_hidden_state if self.layer == "last" else out.hidden_states[int(self.layer)]).float()
 
     def _frames(self, samples, frames, longest):
-        """Frames that belong to an utterance of `samples` in a batch whose longest one has `longest` samples and `frames` frames."""
+        """Frames that belong to an utterance of `samples` in a batch whose longest one has `longest` samples and
+        `frames` frames."""
         if samples == longest:
             return frames
         if hasattr(self.encoder, "_get_feat_extract_output_lengths"):
@@ -124,11 +135,13 @@ class Teacher:
 
     @torch.no_grad()
     def standardise(self, batches):
-        """Set mean and std per dimension from the first batches: teachers of different scale then weigh alike in an L1. [ours]"""
+        """Set mean and std per dimension from the first batches: teachers of different scale then weigh alike in an L1.
+        [ours]"""
         count, total, squares = 0, 0.0, 0.0
         for waveforms in batches:
             e, lengths = self(waveforms)
-            frames = (e * self.std + self.mean)[model.valid_mask(lengths, e.shape[1])].cpu().double()  # float64 on the CPU: MPS has none
+            # float64 on the CPU: MPS has none
+            frames = (e * self.std + self.mean)[model.valid_mask(lengths, e.shape[1])].cpu().double()
             count, total, squares = count + len(frames), total + frames.sum(0), squares + (frames ** 2).sum(0)
         mean = total / count
         self.mean = mean.float().to(self.device)
@@ -140,7 +153,8 @@ class Teacher:
 
 
 def align(embedding, rate, stack):
-    """(T_e, D) at `rate` Hz -> (T, stack * D) at 25 Hz: target t is made of the teacher frames within [40 t, 40 t + 40) ms.
+    """(T_e, D) at `rate` Hz -> (T, stack * D) at 25 Hz: target t is made of the teacher frames within [40 t, 40 t + 40)
+    ms.
 
     Where rate is not stack * 25 Hz, it is interpolated linearly first, frame centres on frame centres.
     """
@@ -163,7 +177,8 @@ def teacher_targets(teachers, waveforms, combine):
     if combine == "random":
         drawn = torch.randint(len(teachers), (len(waveforms),)).tolist()
         rows = [teachers[k]([w]) for k, w in zip(drawn, waveforms)]
-        return [(torch.nn.utils.rnn.pad_sequence([e[0] for e, _ in rows], batch_first=True), torch.cat([n for _, n in rows]))]
+        return [(torch.nn.utils.rnn.pad_sequence([e[0] for e, _ in rows], batch_first=True),
+                 torch.cat([n for _, n in rows]))]
     targets = [teacher(waveforms) for teacher in teachers]
     if combine == "average":
         T = min(e.shape[1] for e, _ in targets)
@@ -186,12 +201,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_source_options(parser, unlabelled=True)
     group = parser.add_argument_group("teachers and student")
-    group.add_argument("--teachers", nargs="+", metavar="NAME[:LAYER]", default=[str(DEMO / "teachers/hubert"), str(DEMO / "teachers/whisper")],
-                       help="frozen teachers: Hugging Face hub names or folders, with the number of a hidden layer or 'last' (default: the demo's two)")
-    group.add_argument("--weights", nargs="+", type=float, metavar="W", help="weight of each teacher's loss (default: 1 each)")
-    group.add_argument("--combine", choices=["heads", "average", "random"], default="heads", help="a head per teacher; or one head for the "
+    group.add_argument("--teachers", nargs="+", metavar="NAME[:LAYER]",
+                       default=[str(DEMO / "teachers/hubert"), str(DEMO / "teachers/whisper")],
+                       help="frozen teachers: Hugging Face hub names or folders, with the number of a hidden layer or "
+                            "'last' (default: the demo's two)")
+    group.add_argument("--weights", nargs="+", type=float, metavar="W",
+                       help="weight of each teacher's loss (default: 1 each)")
+    group.add_argument("--combine", choices=["heads", "average", "random"], default="heads",
+                       help="a head per teacher; or one head for the "
                        "teachers' average; or one head and a random teacher per utterance (default %(default)s)")
-    group.add_argument("--size", choices=list(model.PRESETS), default="nano", help="student (default %(default)s; with a vocabulary of 256: nano 3.0 M parameters, "
+    group.add_argument("--size", choices=list(model.PRESETS), default="nano",
+                       help="student (default %(default)s; with a vocabulary of 256: nano 3.0 M parameters, "
                        "small 9.5 M, medium 31 M, large 115 M)")
     group.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
     running.add_training_options(parser, out="exp/pretrain", steps=1050)
@@ -212,7 +232,8 @@ def main(argv=None):
         say(f"{args.out} is finished; next: python finetune_rnnt.py --init {args.out}   (--overwrite starts anew)")
         return 0
     train_set, dev_set = data.load_training_data(args, say)
-    loader = data.Loader(train_set, args.batch_seconds, waveforms=True, augment=True, speeds=args.speeds, workers=args.workers, seed=args.seed, rank=rank, world=world)
+    loader = data.Loader(train_set, args.batch_seconds, waveforms=True, augment=True, speeds=args.speeds,
+                         workers=args.workers, seed=args.seed, rank=rank, world=world)
     dev = data.Loader(dev_set, args.batch_seconds, waveforms=True, workers=args.workers)
 
     # ---- teachers
@@ -224,7 +245,8 @@ def main(argv=None):
         for teacher, state in zip(teachers, this.state["teachers"]):
             teacher.mean, teacher.std = state["mean"].to(device), state["std"].to(device)
     else:
-        first = data.Loader(train_set, args.batch_seconds, waveforms=True, augment=True, workers=0, seed=args.seed).epoch(0)
+        first = data.Loader(train_set, args.batch_seconds, waveforms=True, augment=True, workers=0,
+                            seed=args.seed).epoch(0)
         batches = [batch.waveforms for batch, _ in zip(first, range(max(4, math.ceil(200 / args.batch_seconds))))]
         for teacher in teachers:
             teacher.standardise(batches)
@@ -233,7 +255,8 @@ def main(argv=None):
     head_dims = tuple(teacher.dim for teacher in teachers)
     if args.combine != "heads":
         if len(set(head_dims)) > 1:
-            raise UserError(f"--combine {args.combine} needs teachers of one width, found {', '.join(map(str, head_dims))}; use --combine heads")
+            raise UserError(f"--combine {args.combine} needs teachers of one width, found "
+                            f"{', '.join(map(str, head_dims))}; use --combine heads")
         head_dims = head_dims[:1]
     weights = args.weights or [1.0] * len(teachers)
     if args.combine != "heads":
@@ -242,27 +265,32 @@ def main(argv=None):
     # ---- student
     torch.manual_seed(args.seed)
     student = model.Student(replace(model.PRESETS[args.size], head_dims=head_dims)).to(device)
-    say(f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, heads {list(head_dims)} ({args.combine})")
+    say(f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, heads {list(head_dims)} "
+        f"({args.combine})")
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
 
     def compute_loss(batch):
-        total, frames, parts = stage1_loss(student, batch, teacher_targets(teachers, batch.waveforms, args.combine), weights)
+        total, frames, parts = stage1_loss(student, batch, teacher_targets(teachers, batch.waveforms, args.combine),
+                                           weights)
         return total, frames, dict(zip(names if args.combine == "heads" else [args.combine], parts))
 
     def evaluate(student):
-        """Mean L1 per teacher on the development audio; 0.8 is what predicting the mean scores on normally distributed targets."""
+        """Mean L1 per teacher on the development audio; 0.8 is what predicting the mean scores on normally distributed
+        targets."""
         sums, frames = torch.zeros(len(teachers)), 0
         for batch in filter(lambda batch: batch.ids, dev.epoch()):
             hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
             for k, teacher in enumerate(teachers):
                 target, target_lengths = teacher(batch.waveforms)
-                loss, n = model.distillation_loss(student.heads[min(k, len(student.heads) - 1)](hidden), target, torch.minimum(lengths, target_lengths))
+                loss, n = model.distillation_loss(student.heads[min(k, len(student.heads) - 1)](hidden), target,
+                                                  torch.minimum(lengths, target_lengths))
                 sums[k] += loss.item()
             frames += n.item()
         results = {f"dev {name}": value for name, value in zip(names, (sums / frames).tolist())}
         return results, sum(results.values())
 
-    extra = {"config": student.config, "stage": 1, "size": args.size, "teachers": [teacher.state() for teacher in teachers], "combine": args.combine}
+    extra = {"config": student.config, "stage": 1, "size": args.size,
+             "teachers": [teacher.state() for teacher in teachers], "combine": args.combine}
     code = running.train(this, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank, world)
     if code == 0:
         say(f"next: python finetune_rnnt.py --init {args.out}")

@@ -1,6 +1,7 @@
-"""What every script needs around the method: polite errors, device and precision, processes, the run directory, the training loop.
+"""What every script needs around the method: polite errors, device and precision, processes, run directory, the loop.
 
-Nothing here knows about speech. A reader of the method can skip this page; a reader who wants to know what happens between
+Nothing here knows about speech. A reader of the method can skip this page; a reader who wants to know what happens
+between
 `loss.backward()` and `best.pt` finds it all here, once, for both stages.
 """
 import contextlib
@@ -23,7 +24,8 @@ class UserError(ValueError):
 
 
 def polite(main):
-    """Turn a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130; bugs keep their traceback."""
+    """Turn a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130; bugs keep their
+    traceback."""
     @functools.wraps(main)
     def wrapper(argv=None):
         script = Path(sys.modules[main.__module__].__file__).name
@@ -33,7 +35,8 @@ def polite(main):
             print(f"{script}: error: {error}", file=sys.stderr)
             return 2
         except torch.OutOfMemoryError as error:
-            print(f"{script}: error: out of GPU memory; lower --batch-seconds ({str(error).splitlines()[0]})", file=sys.stderr)
+            print(f"{script}: error: out of GPU memory; lower --batch-seconds ({str(error).splitlines()[0]})",
+                  file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"{script}: interrupted", file=sys.stderr)
@@ -55,7 +58,8 @@ def choose_device(name=None):
     """-> (device, autocast dtype, one line that says what was chosen and why)."""
     local_rank = os.environ.get("LOCAL_RANK", "0")
     if name in (None, "auto"):
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (f"cuda:{local_rank}" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
         why = "the best that this machine has"
     else:
         why = "as --device says"
@@ -74,7 +78,8 @@ def choose_device(name=None):
 
 def inference_dtype(device):
     """What frozen models compute in: bfloat16 where the device multiplies it faster than float32 (many CPUs do not)."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    fast = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+            device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -99,18 +104,23 @@ DEMO = Path(__file__).parent / "demo"
 def add_training_options(parser, out, steps):
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=steps, help="updates to make (default %(default)s)")
-    group.add_argument("--minutes", type=float, help="stop after this many minutes of training instead of after --steps")
-    group.add_argument("--batch-seconds", type=float, default=24, help="seconds of audio a batch, padding included, per process; lower it if "
+    group.add_argument("--minutes", type=float,
+                       help="stop after this many minutes of training instead of after --steps")
+    group.add_argument("--batch-seconds", type=float, default=24,
+                       help="seconds of audio a batch, padding included, per process; lower it if "
                        "you run out of memory, 300-800 suits a large GPU (default %(default)s)")
-    group.add_argument("--accumulate", type=int, default=1, help="batches per update: k times the batch in the memory of one")
-    group.add_argument("--warmup", type=float, default=0.1, help="share of the budget in which the learning rate rises (default %(default)s)")
+    group.add_argument("--accumulate", type=int, default=1,
+                       help="batches per update: k times the batch in the memory of one")
+    group.add_argument("--warmup", type=float, default=0.1,
+                       help="share of the budget in which the learning rate rises (default %(default)s)")
     group.add_argument("--clip", type=float, default=5.0, help="largest gradient norm (default %(default)s)")
     group.add_argument("--eval-every", type=int, help="updates between evaluations (default: a tenth of --steps)")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("machine and files")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0,
-                       help="processes that read audio ahead; on a CPU they would only take cores from the training (default here %(default)s)")
+                       help="processes that read audio ahead; on a CPU they would only take cores from the training "
+                            "(default here %(default)s)")
     group.add_argument("--out", type=Path, default=Path(out), help="run directory (default %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="start anew even if --out holds a run")
 
@@ -121,7 +131,8 @@ def check_training_options(args):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(args, name)}")
     if not 0 < args.warmup < 1 or min(args.speeds) <= 0:
-        raise UserError(f"--warmup must lie between 0 and 1 and --speeds above 0, found {args.warmup} and {args.speeds}")
+        raise UserError(f"--warmup must lie between 0 and 1 and --speeds above 0, found {args.warmup} and "
+                        f"{args.speeds}")
 
 
 # These say where and how fast, not what is learned: a run may be continued with others.
@@ -136,7 +147,8 @@ class Run:
 
     def __init__(self, args, rank, world, load_checkpoint, save_checkpoint):
         self.args, self.rank, self.out, self.save_checkpoint = args, rank, args.out, save_checkpoint
-        self.settings = {k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in vars(args).items() if k not in FREE_OPTIONS}
+        self.settings = {k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in vars(args).items()
+                         if k not in FREE_OPTIONS}
         self.settings["processes"] = str(world)
         self.state = None
         last = self.out / "last.pt"
@@ -151,12 +163,16 @@ class Run:
         if last.exists():
             self.state = load_checkpoint(last)
             if "progress" not in self.state:
-                raise UserError(f"{last} is not a training state of this script; choose another --out or add --overwrite")
+                raise UserError(f"{last} is not a training state of this script; choose another --out or add "
+                                f"--overwrite")
             old = self.state["progress"]["settings"]
-            changed = [f"--{k.replace('_', '-')} was {old.get(k)}, is {v}" for k, v in self.settings.items() if old.get(k) != v]
+            changed = [f"--{k.replace('_', '-')} was {old.get(k)}, is {v}" for k, v in self.settings.items()
+                       if old.get(k) != v]
             if changed:
-                raise UserError(f"{self.out} holds a run with other arguments ({'; '.join(changed)}); choose another --out or add --overwrite")
-        if rank == 0 and not self.finished:  # steps after the checkpoint were lost with the interruption: their log lines go too
+                raise UserError(f"{self.out} holds a run with other arguments ({'; '.join(changed)}); choose another "
+                                f"--out or add --overwrite")
+        # steps after the checkpoint were lost with the interruption: their log lines go too
+        if rank == 0 and not self.finished:
             log, done = self.out / "log.jsonl", self.state["progress"]["step"] if self.state else -1
             lines = [line for line in log.read_text().splitlines() if _step_of(line) <= done] if log.exists() else []
             log.write_text("".join(line + "\n" for line in lines))
@@ -168,7 +184,8 @@ class Run:
 
     def log(self, **entry):
         if self.rank == 0:
-            entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}  # JSON has no NaN
+            # JSON has no NaN
+            entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
@@ -188,7 +205,9 @@ def _step_of(line):
 
 def learning_rate(progress, warmup):
     """Factor in [0, 1]: linear warm-up, then cosine to zero; progress is the share of the budget that is spent."""
-    return progress / warmup if progress < warmup else 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))
 
 
 def average_gradients(parameters, count):
@@ -228,17 +247,20 @@ class StopSignals:
             signal.signal(s, handler)
 
 
-def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank=0, world=1, before_step=None):
+def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank=0, world=1,
+          before_step=None):
     """Train `student` until the budget of `run.args` is spent. Returns the exit code.
 
     compute_loss(batch) -> (loss, count, {name: value}): loss is a SUM over `count` things (frames, utterances).
     evaluate(student) -> ({name: value}, score): lower score is better; it sees the averaged weights.
     loader.epoch(number, skip) yields batches, the same ones whenever it is asked again: that makes resuming exact.
-    extra: what else a checkpoint of this stage says about itself (config, tokenizer, teachers ...), plain types and tensors.
+    extra: what else a checkpoint of this stage says about itself (config, tokenizer, teachers ...), plain types and
+    tensors.
     """
     args, parameters = run.args, [p for p in student.parameters() if p.requires_grad]
     averaged = {k: v.detach().clone() for k, v in student.state_dict().items()}
-    progress = {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0, "best": math.inf, "finished": False, "settings": run.settings}
+    progress = {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0, "best": math.inf, "finished": False,
+                "settings": run.settings}
     if run.state:
         student.load_state_dict(run.state["raw_model"])
         averaged = {k: v.to(device) for k, v in run.state["model"].items()}
@@ -249,7 +271,8 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
     base_rates = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
 
     def save_last():
-        run.save("last.pt", model=averaged, raw_model=student.state_dict(), optimizer=optimizer.state_dict(), progress=progress, **extra)
+        run.save("last.pt", model=averaged, raw_model=student.state_dict(), optimizer=optimizer.state_dict(),
+                 progress=progress, **extra)
 
     def evaluation():
         raw = {k: v.detach().clone() for k, v in student.state_dict().items()}
@@ -268,7 +291,8 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
 
     student.train()
     eval_every = args.eval_every or max(1, args.steps // 10)
-    bar = tqdm(total=None if args.minutes else args.steps, initial=progress["step"], desc=run.out.name, unit="step", disable=rank > 0, dynamic_ncols=True)
+    bar = tqdm(total=None if args.minutes else args.steps, initial=progress["step"], desc=run.out.name, unit="step",
+               disable=rank > 0, dynamic_ncols=True)
     started, before, heard, totals, unreadable = time.time(), progress["seconds"], 0.0, {}, set()
     saved = started
     batches = loader.epoch(progress["epoch"], progress["batch"])
@@ -282,7 +306,8 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
                 group["lr"] = rate * factor
             if before_step:
                 before_step(progress["step"])
-            # ---- forward and backward, one batch or several; a step's dropout depends on its number alone, so a resumed run is the same run
+            # ---- forward and backward, one batch or several; a step's dropout depends on its number alone, so a
+            # resumed run is the same run
             torch.manual_seed(mix(args.seed, progress["step"], rank))
             optimizer.zero_grad(set_to_none=True)
             count = torch.zeros((), device=device)
@@ -305,7 +330,8 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
             average_gradients(parameters, count)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             if not torch.isfinite(norm):
-                tqdm.write(f"step {progress['step']}: the gradient is not finite, update skipped ({', '.join(batch.ids[:3])} ...)")
+                tqdm.write(f"step {progress['step']}: the gradient is not finite, update skipped "
+                           f"({', '.join(batch.ids[:3])} ...)")
                 run.log(step=progress["step"], skipped=batch.ids)
             else:
                 optimizer.step()
@@ -322,7 +348,8 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
                 means = {k: torch.stack(v).mean().item() for k, v in totals.items()}
                 speed = heard / (time.time() - started)
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} s of audio/s")
-                run.log(step=progress["step"], lr=base_rates[0] * factor, gradient_norm=norm.item(), audio_per_second=round(speed, 1), **means)
+                run.log(step=progress["step"], lr=base_rates[0] * factor, gradient_norm=norm.item(),
+                        audio_per_second=round(speed, 1), **means)
                 totals = {}
             if progress["step"] % eval_every == 0:
                 evaluation()
@@ -332,7 +359,8 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
             if stop:
                 save_last()
                 bar.close()
-                print(f"stopped by signal {signals.received} at step {progress['step']}; the same command goes on from here")
+                print(f"stopped by signal {signals.received} at step {progress['step']}; the same command goes on "
+                      f"from here")
                 return 128 + (signals.received or signal.SIGTERM)
         bar.close()
         if progress["step"] % eval_every:
@@ -340,7 +368,8 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
         progress["finished"] = True
         save_last()
     if rank == 0:
-        print(f"{progress['step']} steps in {progress['seconds'] / 60:.1f} minutes; best score {progress['best']:.4g}: {run.out / 'best.pt'}"
+        print(f"{progress['step']} steps in {progress['seconds'] / 60:.1f} minutes; best score "
+              f"{progress['best']:.4g}: {run.out / 'best.pt'}"
               + (f"; {len(unreadable)} files could not be read" if unreadable else ""))
     return 0
 
