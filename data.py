@@ -4,13 +4,15 @@
     python data.py check PATH...                                  # read every file of a source and report what is wrong
 
 A source is a LibriSpeech split folder (SPLIT/SPEAKER/CHAPTER/*.flac + .trans.txt), a .jsonl manifest with one
-{"audio_filepath": ..., "text": ..., "duration": ...} a line, an audio file, or any folder of audio.
+{"audio_filepath": ..., "text": ...} a line, an audio file, or any folder of audio.
 """
 import argparse
 import functools
 import hashlib
 import json
 import math
+import os
+import signal
 import sys
 import tarfile
 import unicodedata
@@ -46,27 +48,33 @@ class Utterance:
     id: str = ""
 
 
-def load_utterances(source, transcribed=False):
-    """A source (see above) -> list of Utterance, sorted by id. What cannot be used is skipped, counted and named on
-    stderr.
+def load_utterances(source, transcribed=False, skipped=None):
+    """A source (see above) -> list of Utterance, sorted by id. What cannot be used is named and counted on stderr.
 
-    transcribed: keep only utterances with text. Raises UserError if nothing is left.
+    transcribed: keep only utterances with text. Raises UserError if nothing is left, unless there is a list `skipped`.
     """
-    utterances, problems = scan(source, transcribed)
-    if utterances or len(problems) > 1:
-        report(problems, f"of {len(utterances) + len(problems)} utterances in {source}")
-    if not utterances:
-        raise UserError(f"{source}: no usable {'transcribed ' if transcribed else ''}audio" + (f" (e.g. {problems[0]})"
-                                                                                               if problems else
-                        f"; expected a LibriSpeech folder, a .jsonl manifest or files ending in "
-                        f"{' '.join(sorted(AUDIO))}"))
+    try:
+        utterances, problems = scan(source, transcribed)
+        if not utterances and len(problems) <= 1:
+            what = f"no usable {'transcribed ' if transcribed else ''}audio"
+            raise UserError(problems[0] if problems else f"{source}: {what}; expected a LibriSpeech folder, a .jsonl "
+                            f"manifest or files ending in {' '.join(sorted(AUDIO))}")
+    except UserError as error:
+        if skipped is None:
+            raise
+        utterances, problems = [], [str(error)]
+    report(problems, f"of {len(utterances) + len(problems)} utterances in {source}")
+    if skipped is not None:
+        skipped += problems
+    elif not utterances:
+        raise UserError(f"{source}: none of its {len(problems)} utterances can be used (e.g. {problems[0]})")
     return sorted(utterances, key=lambda u: u.id)
 
 
 def scan(source, transcribed=False):
     """-> (list of Utterance, list of problems, one line each)"""
     path = Path(source).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"no such file or folder: {path} (python data.py download train-clean-100 fetches LibriSpeech)")
     if path.suffix in (".jsonl", ".json"):
         rows, problems = read_manifest(path)
@@ -79,7 +87,7 @@ def scan(source, transcribed=False):
         try:
             info = soundfile.info(str(audio))
             seconds = info.frames / info.samplerate
-        except (soundfile.SoundFileError, OSError, TypeError) as error:
+        except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
             problems.append(f"{audio}: {why_unreadable(audio, error)}")
             continue
         if transcribed and not normalise(text or ""):
@@ -98,6 +106,8 @@ def read_folder(folder):
     for transcript in sorted(folder.rglob("*.trans.txt")):
         for line in transcript.read_text(encoding="utf-8-sig", errors="replace").splitlines():
             id, _, words = line.strip().partition(" ")
+            if not id:
+                continue
             text[transcript.parent / id] = words
     problems += [f"{path}: named in a .trans.txt, but there is no such audio"
                  for path in sorted(text.keys() - {f.with_suffix("") for f in files})]
@@ -113,6 +123,8 @@ def read_manifest(path):
             continue
         try:
             entry = json.loads(line)
+            if entry.get("offset"):
+                raise TypeError("segments of a file (offset) are not supported, cut the file")
             audio, text = path.parent / entry["audio_filepath"], entry.get("text")
             if text is not None and not isinstance(text, str):
                 raise TypeError("text is not a string")
@@ -127,7 +139,7 @@ def read_manifest(path):
 
 
 def why_unreadable(path, error):
-    if not Path(path).exists():
+    if not os.path.exists(path):
         return "there is no such file"
     if Path(path).stat().st_size == 0:
         return "the file is empty"
@@ -138,24 +150,19 @@ def report(problems, where):
     """What was left out, on stderr: the first few by name, the rest as a number."""
     for problem in problems[:5]:
         print(f"skipped: {problem}", file=sys.stderr)
-    if problems:
+    if len(problems) > 1:
         print(f"skipped {len(problems)} {where}" + (": python data.py check PATH names them all" if len(problems) > 5
                                                     else ""), file=sys.stderr)
 
 
-def load_sources(sources, transcribed=False, on_error=None):
-    """Several sources -> one list in which each file stands once and each id is unique. on_error(UserError): go on with
-    the next source."""
+def load_sources(sources, transcribed=False, skipped=None):
+    """Several sources -> one list in which each file stands once and each id is unique.
+
+    skipped: a list that collects what could not be used; a source of which nothing is left is then no error.
+    """
     by_id, paths = {}, set()
     for source in sources:
-        try:
-            found = load_utterances(source, transcribed)
-        except UserError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-            continue
-        for u in found:
+        for u in load_utterances(source, transcribed, skipped):
             if u.path not in paths:
                 paths.add(u.path)
                 by_id[u.id if u.id not in by_id else u.path] = u
@@ -170,7 +177,7 @@ def add_source_options(parser, unlabelled):
     if unlabelled:
         group.add_argument("--unlabelled", nargs="+", metavar="SOURCE", help="more audio, transcripts not needed")
     group.add_argument("--dev", nargs="+", metavar="SOURCE",
-                       help="audio to evaluate on while training (default: one in twenty of the above, at most 200)")
+                       help="audio to evaluate on while training (default: one in twenty of the rest, at most 200)")
     group.add_argument("--speeds", nargs="+", type=float, default=[0.9, 1.0, 1.1], metavar="X",
                        help="speed perturbation: one of these factors per utterance (default 0.9 1.0 1.1)")
 
@@ -192,8 +199,8 @@ def load_training_data(args, say, transcribed=False):
         held = set(order[:min(200, math.ceil(len(train) / 20))])
         train, dev = [u for i, u in enumerate(train) if i not in held], [u for i, u in enumerate(train) if i in held]
     long = [u for u in train if u.seconds / min(args.speeds) > min(LONGEST, args.batch_seconds)]
-    report([f"{u.path}: {u.seconds:.0f} s, more than --batch-seconds {args.batch_seconds:g} or {LONGEST:g} s"
-            for u in long], "training utterances")
+    report([f"{u.path}: {u.seconds / min(args.speeds):.0f} s at the slowest of --speeds, more than --batch-seconds "
+            f"{args.batch_seconds:g} or {LONGEST:g}" for u in long], "training utterances: too long")
     clash = {u.path for u in long}
     train = [u for u in train if u.path not in clash]
     if not train or not dev:
@@ -215,7 +222,7 @@ def load_audio(path):
     finite."""
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {why_unreadable(path, error)}")
     waveform = torch.from_numpy(samples).mean(dim=1)
     if not len(waveform):
@@ -340,8 +347,8 @@ class Loader:
 
 def _quiet_worker(_):
     torch.set_num_threads(1)
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    for number in (signal.SIGINT, signal.SIGTERM):  # to stop is the main process's business: it saves first
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Dataset(torch.utils.data.Dataset):
@@ -364,7 +371,7 @@ class _Dataset(torch.utils.data.Dataset):
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(mix(loader.seed, self.number, i))
-                if len(loader.speeds) > 1:
+                if tuple(loader.speeds) != (1.0,):
                     waveform = _speed(loader.speeds[torch.randint(len(loader.speeds), ()).item()])(waveform)[0]
                 mel = log_mel(waveform)
                 waves.append(waveform)
@@ -393,7 +400,10 @@ def download(part, folder):
         raise UserError(f"LibriSpeech has no part {part!r}; choose one of {', '.join(sources)}")
     url, sha = sources[part]
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --to {folder} ({error.strerror}); choose another folder")
     if (folder / "LibriSpeech" / part / ".complete").exists():
         return print(f"{folder / 'LibriSpeech' / part} is already there")
     archive = folder / f"{part}.tar.gz.part"
@@ -407,6 +417,8 @@ def download(part, folder):
                 while block := response.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
+                if total and file.tell() < total:
+                    raise OSError("the connection ended early")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is missing
             raise UserError(f"{url}: the server says {error.code} {error.reason}; try again later")
@@ -417,8 +429,11 @@ def download(part, folder):
         if hashlib.file_digest(file, "sha256").hexdigest() != sha:
             archive.unlink()
             raise UserError(f"{archive}: the checksum is wrong and the file was deleted; run the same command again")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except OSError as error:
+        raise UserError(f"cannot unpack {archive} ({error.strerror}); free some space and run the same command again")
     (folder / "LibriSpeech" / part / ".complete").touch()
     archive.unlink()
     print(f"{folder / 'LibriSpeech' / part} is ready")

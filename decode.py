@@ -5,8 +5,7 @@
     python decode.py --data LibriSpeech/test-clean --checkpoint exp/finetune-100h --method ctc
 
 Both sides of a score are normalised alike (Unicode NFKC, upper case, no punctuation but the apostrophe); words are
-words, CJK characters
-count one by one (MER).
+words, CJK characters count one by one (MER).
 """
 import argparse
 import json
@@ -159,24 +158,23 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=1, help="processes that read audio (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
-    if args.audio and args.data:
-        raise UserError("give either AUDIO to transcribe or --data to score, not both")
+    if args.audio and (args.data or args.out):
+        raise UserError("give either AUDIO to transcribe or --data (and --out) to score, not both")
+    if args.workers < 0 or not args.batch_seconds > 0:
+        raise UserError("--workers must not be negative and --batch-seconds must be above 0")
 
     device, dtype, why = running.choose_device(args.device)
     student, tokenizer = load_recogniser(args.checkpoint, device)
     print(f"{why}; {args.checkpoint}: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} "
           f"tokens, greedy {args.method}", file=sys.stderr)
     failed = []
-    utterances = data.load_sources(args.audio or args.data or [DEMO / "corpus/test"], transcribed=not args.audio,
-                                   on_error=failed.append)
-    for error in failed:
-        print(f"skipped: {error}", file=sys.stderr)
+    utterances = data.load_sources(args.audio or args.data or [DEMO / "corpus/test"], not args.audio, failed)
     if not utterances:
-        return 2
+        raise UserError("none of the audio could be read")
     out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent) / "scores.jsonl"
     if not args.audio:
         try:  # now, not after an hour of decoding
-            out.write_text("")
+            open(out, "a").close()
         except OSError as error:
             raise UserError(f"cannot write --out {out} ({error.strerror}); choose another file")
     loader = data.Loader(utterances, args.batch_seconds, workers=min(args.workers, len(utterances)))
@@ -191,6 +189,8 @@ def main(argv=None):
             for problem in batch.failed:
                 tqdm.write(f"skipped: {problem}", file=sys.stderr)
             bar.update(round(batch.seconds))
+    if not texts:
+        raise UserError("none of the audio could be read")
     seconds = sum(u.seconds for u in utterances if u.id in texts)
     rtf = (f"RTF {compute / max(seconds, 1e-9):.4f} ({seconds:.0f} s of audio, {compute:.1f} s to compute, "
            f"{time.time() - started:.1f} s with reading)")
@@ -198,7 +198,7 @@ def main(argv=None):
         for u in utterances:
             if u.id in texts:
                 print(f"{u.path}\t{texts[u.id]}")
-        print(rtf + (f"; {len(failed)} could not be read" if failed else ""), file=sys.stderr)
+        print(rtf + (f"; {len(failed)} could not be used" if failed else ""), file=sys.stderr)
         return 0
     total, rows = Errors(), []
     for u in utterances:
@@ -210,7 +210,7 @@ def main(argv=None):
     print(total)
     print(rtf)
     print(f"normalised: NFKC, upper case, no punctuation but the apostrophe; {len(rows)} utterances, {len(failed)} "
-          f"could not be read; alignments: {out}")
+          f"could not be used; alignments: {out}")
     return 0
 
 

@@ -49,10 +49,9 @@ def new_student(args, tokenizer, say):
                         f"out or use --init none")
     student = model.load_student(checkpoint, **new)
     inherited = sum(p.numel() for p in student.encoder.parameters())
+    taught_by = ", ".join(teacher["spec"] for teacher in checkpoint.get("teachers", [])) or "nobody"
     say(f"inherited from {args.init}: the {checkpoint.get('size')} encoder, {inherited / 1e6:.1f} M parameters, step "
-        f"{checkpoint.get('step')}, taught by "
-        + ", ".join(teacher["spec"]
-                    for teacher in checkpoint.get("teachers", [])) + "; new: predictor, joiner, CTC head")
+        f"{checkpoint.get('step', 'last')}, taught by {taught_by}; new: predictor, joiner, CTC head")
     return student, {key: checkpoint.get(key) for key in ("size", "teachers")}
 
 
@@ -127,6 +126,8 @@ def main(argv=None):
                     totals[method] += word_errors(references[id], hypothesis)
                 if method == "transducer":
                     shown = references[batch.ids[0]], hypotheses[0]
+        if not totals["ctc"].words:
+            raise UserError("none of the --dev audio can be read; python data.py check PATH says why")
         say(f"reference:  {shown[0]}\nhypothesis: {shown[1] or '(nothing: only blanks)'}")
         return {"dev WER": totals["transducer"].rate, "dev WER of CTC": totals["ctc"].rate}, totals["transducer"].rate
 

@@ -3,7 +3,7 @@
     python pretrain_kd.py                 # the demo: two small teachers, 1.2 h of audio; minutes on a laptop CPU
     python pretrain_kd.py --data LibriSpeech/train-clean-100 --unlabelled LibriSpeech/train-clean-360 \\
         --teachers microsoft/wavlm-base-plus facebook/hubert-base-ls960:9 openai/whisper-base \\
-        --size small --steps 50000 --batch-seconds 400 --out exp/pretrain-100h                       # one GPU
+        --size small --steps 60000 --batch-seconds 400 --out exp/pretrain-100h                       # one GPU
     torchrun --nproc_per_node 8 pretrain_kd.py ...            # eight GPUs, the same arguments
 
     p_k = Linear_k(h),   L = sum_k w_k * mean |p_k - e_k|     # arXiv 2303.10917; e_k standardised, see Teacher
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
 import data
@@ -50,10 +51,10 @@ class Teacher:
             config = AutoConfig.from_pretrained(self.name)
             self.extractor = AutoFeatureExtractor.from_pretrained(self.name)
             encoder = AutoModel.from_pretrained(self.name, dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"teacher {self.name}: {str(error).strip().splitlines()[0]} - give a folder or a hub name "
-                            f"of a speech model with a "
-                            f"feature extractor (hf download {self.name} fetches one; afterwards HF_HUB_OFFLINE=1 "
+                            f"of a speech model with a feature extractor (hf "
+                            f"download {self.name} fetches one; afterwards HF_HUB_OFFLINE=1 "
                             f"stays off the network)")
         if config.is_encoder_decoder:
             encoder = encoder.get_encoder()
@@ -247,7 +248,10 @@ def main(argv=None):
     else:
         first = data.Loader(train_set, args.batch_seconds, waveforms=True, augment=True, workers=0,
                             seed=args.seed).epoch(0)
-        batches = [batch.waveforms for batch, _ in zip(first, range(max(4, math.ceil(200 / args.batch_seconds))))]
+        count = max(4, math.ceil(200 / args.batch_seconds))
+        batches = [batch.waveforms for _, batch in zip(range(count), first) if batch.ids]
+        if not batches:
+            raise UserError("none of the training audio can be read; python data.py check PATH says why")
         for teacher in teachers:
             teacher.standardise(batches)
     names = [teacher.spec.rstrip("/").rpartition("/")[2] for teacher in teachers]
@@ -277,7 +281,7 @@ def main(argv=None):
     def evaluate(student):
         """Mean L1 per teacher on the development audio; 0.8 is what predicting the mean scores on normally distributed
         targets."""
-        sums, frames = torch.zeros(len(teachers)), 0
+        sums, frames = torch.zeros(len(teachers)), torch.zeros(len(teachers))
         for batch in filter(lambda batch: batch.ids, dev.epoch()):
             hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
             for k, teacher in enumerate(teachers):
@@ -285,7 +289,9 @@ def main(argv=None):
                 loss, n = model.distillation_loss(student.heads[min(k, len(student.heads) - 1)](hidden), target,
                                                   torch.minimum(lengths, target_lengths))
                 sums[k] += loss.item()
-            frames += n.item()
+                frames[k] += n.item()
+        if not frames.all():
+            raise UserError("none of the --dev audio can be read; python data.py check PATH says why")
         results = {f"dev {name}": value for name, value in zip(names, (sums / frames).tolist())}
         return results, sum(results.values())
 

@@ -63,6 +63,7 @@ def choose_device(name=None):
         why = "the best that this machine has"
     else:
         why = "as --device says"
+        name = f"cuda:{local_rank}" if name == "cuda" else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -78,7 +79,7 @@ def choose_device(name=None):
 
 def inference_dtype(device):
     """What frozen models compute in: bfloat16 where the device multiplies it faster than float32 (many CPUs do not)."""
-    fast = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
             device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
 
@@ -127,10 +128,16 @@ def add_training_options(parser, out, steps):
 
 def check_training_options(args):
     """Raise UserError for a budget of nothing and the like, before anything is loaded."""
-    for name in ("steps", "minutes", "batch_seconds", "accumulate", "eval_every", "lr", "clip"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(args, name)}")
-    if not 0 < args.warmup < 1 or min(args.speeds) <= 0:
+    for name in ("steps", "minutes", "batch_seconds", "accumulate", "eval_every", "lr", "encoder_lr", "clip",
+                 "vocab_size", "min_frequency"):
+        value = getattr(args, name, None)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, found {value}")
+    for name in ("workers", "ctc_weight", "freeze_steps"):
+        value = getattr(args, name, None)
+        if value is not None and not value >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, found {value}")
+    if not 0 < args.warmup < 1 or not min(args.speeds) > 0:
         raise UserError(f"--warmup must lie between 0 and 1 and --speeds above 0, found {args.warmup} and "
                         f"{args.speeds}")
 
@@ -175,8 +182,11 @@ class Run:
         if rank == 0 and not self.finished:
             log, done = self.out / "log.jsonl", self.state["progress"]["step"] if self.state else -1
             lines = [line for line in log.read_text().splitlines() if _step_of(line) <= done] if log.exists() else []
-            log.write_text("".join(line + "\n" for line in lines))
-            (self.out / "command.txt").write_text(" ".join(sys.argv) + "\n")
+            try:
+                log.write_text("".join(line + "\n" for line in lines))
+                (self.out / "command.txt").write_text(" ".join(sys.argv) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write to --out {self.out} ({error.strerror}); choose another folder")
 
     @property
     def finished(self):
@@ -186,8 +196,12 @@ class Run:
         if self.rank == 0:
             # JSON has no NaN
             entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            try:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write {self.out / 'log.jsonl'} ({error.strerror}); free some space and run the "
+                                f"same command again")
 
     def save(self, name, **entries):
         if self.rank == 0:
@@ -285,7 +299,7 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
         if rank == 0:
             tqdm.write(f"step {progress['step']}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
         run.log(step=progress["step"], **results)
-        if not score > progress["best"]:
+        if score < progress["best"] or not (run.out / "best.pt").exists():
             progress["best"] = score
             run.save("best.pt", model=averaged, results=results, step=progress["step"], **extra)
 
@@ -321,6 +335,8 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
                 for problem in sorted(set(batch.failed) - unreadable):
                     tqdm.write(f"skipped: {problem}", file=sys.stderr)
                 unreadable.update(batch.failed)
+                if not batch.ids:
+                    raise UserError(f"none of the training audio can be read any more ({batch.failed[0]})")
                 with autocast(device, dtype):
                     loss, n, parts = compute_loss(batch.to(device))
                 loss.backward()
