@@ -123,11 +123,12 @@ METHODS = {"transducer": greedy_transducer, "ctc": greedy_ctc}
 
 
 @torch.no_grad()
-def transcribe(student, tokenizer, batch, device, dtype=torch.float32, method="transducer"):
-    """Batch -> list of texts."""
+def transcribe(student, tokenizer, batch, device, dtype=torch.float32, methods=("transducer",)):
+    """Batch -> for each method a list of texts; the encoder runs once for all."""
     with running.autocast(device, dtype):
         hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
-    return [tokenizer.decode(labels).strip() for labels in METHODS[method](student, hidden.float(), lengths)]
+    return [[tokenizer.decode(labels).strip() for labels in METHODS[method](student, hidden.float(), lengths)]
+            for method in methods]
 
 
 # ---------------------------------------------------------------------------- python decode.py
@@ -183,7 +184,8 @@ def main(argv=None):
         for batch in loader.epoch():
             begin = time.time()
             if batch.ids:
-                texts.update(zip(batch.ids, transcribe(student, tokenizer, batch, device, dtype, args.method)))
+                [hypotheses] = transcribe(student, tokenizer, batch, device, dtype, [args.method])
+                texts.update(zip(batch.ids, hypotheses))
             compute += time.time() - begin
             failed += batch.failed
             for problem in batch.failed:

@@ -120,12 +120,11 @@ def main(argv=None):
         references = {u.id: u.text for u in dev_set}
         totals = {"transducer": Errors(), "ctc": Errors()}
         for batch in filter(lambda batch: batch.ids, dev.epoch()):
-            for method in totals:
-                hypotheses = transcribe(student, tokenizer, batch, device, dtype, method)
+            both = transcribe(student, tokenizer, batch, device, dtype, totals)
+            for method, hypotheses in zip(totals, both):
                 for id, hypothesis in zip(batch.ids, hypotheses):
                     totals[method] += word_errors(references[id], hypothesis)
-                if method == "transducer":
-                    shown = references[batch.ids[0]], hypotheses[0]
+            shown = references[batch.ids[0]], both[0][0]
         if not totals["ctc"].words:
             raise UserError("none of the --dev audio can be read; python data.py check PATH says why")
         say(f"reference:  {shown[0]}\nhypothesis: {shown[1] or '(nothing: only blanks)'}")

@@ -34,12 +34,12 @@ class Teacher:
     """A frozen Hugging Face audio encoder: Teacher("name-or-folder[:layer]")(waveforms) -> embeddings at the student's
     25 Hz.
 
-    layer: "last" (default) or the number of a hidden layer, 0 being what enters the first one. dim: width of an
-    embedding. A teacher of 50 Hz gives its frames 2t and 2t+1 side by side for student frame t, so dim is 2D; other
-    rates (Moonshine: 41.7 Hz) are first interpolated linearly to the nearest multiple of 25 Hz. mean, std (dim,): set
-    by `standardise`, else 0 and 1. One law: the embedding of an utterance does not depend on its batch. Some
-    architectures break it when padded (group norm before the first layer sees the padding), so we measure it at the
-    start: those listen to one utterance at a time.
+    layer: "last" (default) or the number of a hidden layer, 0 being what enters the first one.
+    dim: width of an embedding. A teacher of 50 Hz gives its frames 2t and 2t+1 side by side for student frame t, so
+    dim is 2D; other rates (Moonshine: 41.7 Hz) are first interpolated linearly to the nearest multiple of 25 Hz.
+    mean, std (dim,): set by `standardise`, else 0 and 1.
+    One law: the embedding of an utterance does not depend on its batch. Some architectures break it when padded (group
+    norm before the first layer sees the padding), so we measure it at the start: those listen to one at a time.
     """
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
@@ -63,9 +63,9 @@ class Teacher:
             raise UserError(f"teacher {self.name}: not a speech model that listens at {data.SAMPLE_RATE} Hz")
         self.batched = True
         self.window = getattr(self.extractor, "n_samples", None)  # Whisper: every input has this length
-        self.layer, layers = layer, getattr(config, "encoder_layers", None) or getattr(config,
-                                                                                       "encoder_num_hidden_layers",
-                                                                                       None) or config.num_hidden_layers
+        self.layer = layer
+        names = "encoder_layers", "encoder_num_hidden_layers", "num_hidden_layers"  # the families' words for the same
+        layers = next(n for n in (getattr(config, name, None) for name in names) if n)
         if layer != "last" and not (layer.isdigit() and int(layer) <= layers):
             raise UserError(f"teacher {self.name} has no layer {layer!r}; choose {self.name}:last or {self.name}:0 to "
                             f"{self.name}:{layers}")

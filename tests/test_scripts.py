@@ -298,7 +298,7 @@ def test_one_batch_can_be_learned_by_heart(demo_utterances):
             break
     student.eval()
     for method in ("transducer", "ctc"):
-        texts = decode.transcribe(student, tokenizer, batch, torch.device("cpu"), method=method)
+        [texts] = decode.transcribe(student, tokenizer, batch, torch.device("cpu"), methods=[method])
         errors = [decode.word_errors(reference, text) for reference, text in zip(batch.texts, texts)]
         assert sum(e.words for e in errors) > 8 and sum(e.total for e in errors) == 0, (method, texts, batch.texts)
 
