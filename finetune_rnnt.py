@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import data
+import losses
 import model
 import run as running
 from decode import Errors, transcribe, word_errors
@@ -28,7 +29,7 @@ def stage2_loss(student, batch, ctc_weight):
     """-> (sum over utterances of L_transducer + c * L_CTC, utterances, {name: mean})"""
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
     logits = student.joiner(hidden, student.predict(batch.targets))
-    transducer = model.transducer_loss(logits, batch.targets, lengths, batch.target_lengths, reduction="sum")
+    transducer = losses.transducer_loss(logits, batch.targets, lengths, batch.target_lengths, reduction="sum")
     log_probs = student.ctc(hidden).float().log_softmax(-1).transpose(0, 1)                            # (T, B, V)
     ctc = F.ctc_loss(log_probs, batch.targets, lengths, batch.target_lengths, reduction="sum", zero_infinity=True)
     B = torch.tensor(len(batch.ids))

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
 import data
+import losses
 import model
 import run as running
 from run import DEMO, UserError
@@ -142,7 +143,7 @@ class Teacher:
         for waveforms in batches:
             e, lengths = self(waveforms)
             # float64 on the CPU: MPS has none
-            frames = (e * self.std + self.mean)[model.valid_mask(lengths, e.shape[1])].cpu().double()
+            frames = (e * self.std + self.mean)[losses.valid_mask(lengths, e.shape[1])].cpu().double()
             count, total, squares = count + len(frames), total + frames.sum(0), squares + (frames ** 2).sum(0)
         mean = total / count
         self.mean = mean.float().to(self.device)
@@ -192,7 +193,7 @@ def stage1_loss(student, batch, targets, weights):
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
     parts = []
     for head, (target, target_lengths) in zip(student.heads, targets):
-        loss, frames = model.distillation_loss(head(hidden).float(), target, torch.minimum(lengths, target_lengths))
+        loss, frames = losses.distillation_loss(head(hidden).float(), target, torch.minimum(lengths, target_lengths))
         parts.append(loss / frames)
     return sum(w * part for w, part in zip(weights, parts)) * lengths.sum(), lengths.sum(), parts
 
@@ -286,7 +287,7 @@ def main(argv=None):
             hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
             for k, teacher in enumerate(teachers):
                 target, target_lengths = teacher(batch.waveforms)
-                loss, n = model.distillation_loss(student.heads[min(k, len(student.heads) - 1)](hidden), target,
+                loss, n = losses.distillation_loss(student.heads[min(k, len(student.heads) - 1)](hidden), target,
                                                   torch.minimum(lengths, target_lengths))
                 sums[k] += loss.item()
                 frames[k] += n.item()

@@ -14,6 +14,7 @@ import torchaudio
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import decode
+import losses
 import model
 import pretrain_kd
 import run as running
@@ -42,9 +43,9 @@ def loss(repeat, _):
         logits = torch.randn(B, T, U + 1, V, device=DEVICE, requires_grad=True)
         targets = torch.randint(1, V, (B, U), device=DEVICE, dtype=torch.int32)
         lengths = [torch.full((B,), n, device=DEVICE, dtype=torch.int32) for n in (T, U)]
-        losses = {"ours": model.transducer_loss, "theirs": functools.partial(torchaudio.functional.rnnt_loss, blank=0)}
+        ways = {"ours": losses.transducer_loss, "theirs": functools.partial(torchaudio.functional.rnnt_loss, blank=0)}
         run = lambda f: torch.autograd.grad(f(logits, targets, *lengths), logits)
-        ours, theirs = medians({name: functools.partial(run, f) for name, f in losses.items()}, repeat).values()
+        ours, theirs = medians({name: functools.partial(run, f) for name, f in ways.items()}, repeat).values()
         print(f"| {shape} | {1000 * ours:.1f} | {1000 * theirs:.1f} | {ours / theirs:.2f} |")
 
 

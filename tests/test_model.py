@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchaudio
 
+import losses
 import model
 from model import Config, Student, transducer_loss
 from run import UserError
@@ -224,7 +225,7 @@ def test_loss_names_the_argument_that_does_not_fit(name, change):
 def test_distillation_loss_frame_by_frame(teacher_frames):
     torch.manual_seed(0)
     prediction, target, lengths = torch.randn(3, 7, 4), torch.randn(3, teacher_frames, 4), [7, 2, 5]
-    loss, count = model.distillation_loss(prediction, target, torch.tensor(lengths))
+    loss, count = losses.distillation_loss(prediction, target, torch.tensor(lengths))
     pairs = [(b, t) for b in range(3) for t in range(min(lengths[b], 7, teacher_frames))]
     assert count == len(pairs)
     assert loss.item() == pytest.approx(
@@ -235,7 +236,7 @@ def test_distillation_loss_frame_by_frame(teacher_frames):
 
 def test_distillation_loss_refuses_clocks_that_drift_apart():
     with pytest.raises(ValueError, match="differ by at most 2"):
-        model.distillation_loss(torch.zeros(1, 10, 4), torch.zeros(1, 7, 4), torch.tensor([7]))
+        losses.distillation_loss(torch.zeros(1, 10, 4), torch.zeros(1, 7, 4), torch.tensor([7]))
 
 
 # ---------------------------------------------------------------------------- checkpoints
