@@ -6,7 +6,7 @@
         --steps 40000 --batch-seconds 400 --out exp/finetune-100h                                    # one GPU
     torchrun --nproc_per_node 8 finetune_rnnt.py ...          # eight GPUs, the same arguments
 
-    L = L_transducer + c * L_CTC                              # Graves 2012 and 2006; both from the same encoder
+    L = L_transducer + c * L_CTC     # Graves 2012 and 2006, both from one encoder; with --loss pruned + 0.5 L_simple
 """
 import argparse
 import sys
@@ -28,18 +28,25 @@ from run import UserError
 def stage2_loss(student, batch, ctc_weight):
     """-> (sum over utterances of L_transducer + c * L_CTC, utterances, {name: mean})"""
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
-    logits = student.joiner(hidden, student.predict(batch.targets))
-    transducer = losses.transducer_loss(logits, batch.targets, lengths, batch.target_lengths, reduction="sum")
+    inputs = hidden, student.predict(batch.targets), batch.targets, lengths, batch.target_lengths
+    parts = {}
+    if student.config.simple_joiner:
+        parts["transducer"], parts["simple"] = losses.pruned_transducer_loss(student.joiner, student.simple_joiner,
+                                                                             *inputs, reduction="sum")
+    else:
+        parts["transducer"] = losses.transducer_loss_from_joiner(student.joiner, *inputs, reduction="sum")
     log_probs = student.ctc(hidden).float().log_softmax(-1).transpose(0, 1)                            # (T, B, V)
-    ctc = F.ctc_loss(log_probs, batch.targets, lengths, batch.target_lengths, reduction="sum", zero_infinity=True)
-    B = torch.tensor(len(batch.ids))
-    return transducer + ctc_weight * ctc, B, {"transducer": transducer / B, "ctc": ctc / B}
+    parts["ctc"] = F.ctc_loss(log_probs, batch.targets, lengths, batch.target_lengths, reduction="sum",
+                              zero_infinity=True)
+    weights, B = {"transducer": 1.0, "simple": 0.5, "ctc": ctc_weight}, torch.tensor(len(batch.ids))
+    return sum(weights[name] * part for name, part in parts.items()), B, {k: part / B for k, part in parts.items()}
 
 
 def new_student(args, tokenizer, say):
     """Everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head. -> (student, what to
     remember of its origin)"""
-    new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=())
+    new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=(),
+               simple_joiner=args.loss == "pruned")
     if args.init == "none":
         say(f"from scratch: nothing inherited, size {args.size or 'nano'}")
         return model.Student(replace(model.PRESETS[args.size or "nano"], **new)), {"size": args.size or "nano",
@@ -70,6 +77,9 @@ def main(argv=None):
                        help="a token must be that frequent in the training text, so little text "
                        "gives small tokens, down to letters (default %(default)s)")
     group.add_argument("--predictor", choices=["lstm", "stateless"], default="lstm", help="default %(default)s")
+    group.add_argument("--loss", choices=["exact", "pruned"], default="exact",
+                       help="of the transducer: over all alignments, or over those in a window of five labels a frame, "
+                       "several times faster for long utterances and large vocabularies (default %(default)s)")
     group.add_argument("--ctc-weight", type=float, default=0.3, help="c above (default %(default)s)")
     group.add_argument("--lr", type=float, default=5e-3,
                        help="peak learning rate of predictor, joiner and CTC head (default %(default)s)")

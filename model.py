@@ -37,6 +37,7 @@ class Config:
     predictor_dim: int = 256
     predictor_dropout: float = 0.3  # it sees few texts and must not learn them by heart
     joiner_dim: int = 256
+    simple_joiner: bool = False     # only for training with the pruned loss
 
 
 PRESETS = {  # parameters with a vocabulary of 256
@@ -202,7 +203,24 @@ class Joiner(nn.Module):
 
     def forward(self, hidden, predicted):
         """hidden (B, T, d), predicted (B, U+1, P) -> logits (B, T, U+1, V)"""
-        return self.out(torch.tanh(self.encoder(hidden)[:, :, None] + self.predictor(predicted)[:, None]))
+        return self.join(self.encoder(hidden)[:, :, None], self.predictor(predicted)[:, None])
+
+    def join(self, encoded, predicted):
+        """The same from projected inputs of any shapes that broadcast, (..., J) -> (..., V)"""
+        return self.out((encoded + predicted).tanh_())
+
+
+class SimpleJoiner(nn.Module):
+    """Two linear maps whose sum is a joiner: it shows the pruned loss where to look (arXiv 2206.13236), no more."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.encoder = nn.Linear(config.dim, config.vocab_size)
+        self.predictor = nn.Linear(config.predictor_dim, config.vocab_size)
+
+    def forward(self, hidden, predicted):
+        """hidden (B, T, d), predicted (B, U+1, P) -> (B, T, V), (B, U+1, V)"""
+        return self.encoder(hidden), self.predictor(predicted)
 
 
 class Student(nn.Module):
@@ -217,6 +235,8 @@ class Student(nn.Module):
         if config.vocab_size:
             self.predictor = {"stateless": StatelessPredictor, "lstm": LSTMPredictor}[config.predictor](config)
             self.joiner = Joiner(config)
+            if config.simple_joiner:
+                self.simple_joiner = SimpleJoiner(config)
             self.ctc = nn.Linear(config.dim, config.vocab_size)
 
     def predict(self, targets):

@@ -1,6 +1,8 @@
 """Side by side in one run: python tests/benchmark.py loss|train|decode      (yardsticks, not tests)"""
 import argparse
 import functools
+import math
+import multiprocessing
 import statistics
 import sys
 import time
@@ -36,17 +38,51 @@ def medians(ways, repeat):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def transducer_ways(B, T, U1, V):
+    """Forward + backward of each transducer loss at logits (B, T, U+1, V): {name: function}. Inputs are made here."""
+    torch.manual_seed(0)
+    config = model.Config(vocab_size=V)
+    joiner, simple = model.Joiner(config).to(DEVICE), model.SimpleJoiner(config).to(DEVICE)
+    leaf = functools.partial(torch.randn, device=DEVICE, requires_grad=True)
+    logits, inputs = leaf(B, T, U1, V), (leaf(B, T, config.dim), leaf(B, U1, config.predictor_dim))
+    rest = [torch.randint(1, V, (B, U1 - 1)), torch.full((B,), T), torch.full((B,), U1 - 1)]
+    rest = [x.to(DEVICE, torch.int32) for x in rest]
+    theirs = functools.partial(torchaudio.functional.rnnt_loss, blank=0)
+    return {"from logits: torchaudio": lambda: torch.autograd.grad(theirs(logits, *rest), logits),
+            "from logits: exact": lambda: torch.autograd.grad(losses.transducer_loss(logits, *rest), logits),
+            "from the joiner's inputs: torchaudio": lambda: theirs(joiner(*inputs), *rest).backward(),
+            "from the joiner's inputs: exact": lambda: losses.transducer_loss_from_joiner(joiner, *inputs,
+                                                                                          *rest).backward(),
+            "from the joiner's inputs: pruned": lambda: sum(losses.pruned_transducer_loss(joiner, simple, *inputs,
+                                                                                          *rest)).backward()}
+
+
+def peak_memory(name, shape):
+    """Most bytes beyond the inputs while it runs; to be called in a fresh process. Linux and CUDA."""
+    transducer_ways(2, 9, 5, shape[3])[name]()                                         # what libraries load once
+    way = transducer_ways(*shape)[name]
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        way()
+        return torch.cuda.max_memory_allocated() - before
+    in_status = lambda key: 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+    Path("/proc/self/clear_refs").write_text("5")                                      # VmHWM counts from here
+    before = in_status("VmRSS")
+    way()
+    return in_status("VmHWM") - before
+
+
 def loss(repeat, _):
-    print("| (B, T, U, V), forward + backward | ours, ms | torchaudio, ms | ours / torchaudio |\n|---|---|---|---|")
-    for shape in ((8, 100, 20, 128), (8, 250, 40, 500)):
-        B, T, U, V = shape
-        logits = torch.randn(B, T, U + 1, V, device=DEVICE, requires_grad=True)
-        targets = torch.randint(1, V, (B, U), device=DEVICE, dtype=torch.int32)
-        lengths = [torch.full((B,), n, device=DEVICE, dtype=torch.int32) for n in (T, U)]
-        ways = {"ours": losses.transducer_loss, "theirs": functools.partial(torchaudio.functional.rnnt_loss, blank=0)}
-        run = lambda f: torch.autograd.grad(f(logits, targets, *lengths), logits)
-        ours, theirs = medians({name: functools.partial(run, f) for name, f in ways.items()}, repeat).values()
-        print(f"| {shape} | {1000 * ours:.1f} | {1000 * theirs:.1f} | {ours / theirs:.2f} |")
+    print(f"{torch.get_num_threads()} threads; forward + backward; memory beyond the inputs in multiples of the logits'")
+    print("| (B, T, U+1, V) | loss | ms | / torchaudio | memory / logits |\n|---|---|---|---|---|")
+    for shape in ((8, 100, 21, 128), (8, 250, 40, 500), (8, 400, 80, 500)):
+        seconds = medians(transducer_ways(*shape), repeat)
+        for name, s in seconds.items():
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                memory = fresh.apply(peak_memory, (name, shape)) / (4 * math.prod(shape))
+            print(f"| {shape} | {name} | {1000 * s:.0f} | {s / seconds[name.split(':')[0] + ': torchaudio']:.3f} | "
+                  f"{memory:.2f} |", flush=True)
 
 
 def train(repeat, batch_seconds):
