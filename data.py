@@ -169,13 +169,12 @@ def load_sources(sources, transcribed=False, skipped=None):
     return [replace(u, id=id) for id, u in by_id.items()]
 
 
-def add_source_options(parser, unlabelled):
+def add_source_options(parser):
     group = parser.add_argument_group("data",
                                       "a source is a LibriSpeech split folder, a .jsonl manifest, an audio file or a "
                                       "folder of audio")
     group.add_argument("--data", nargs="+", metavar="SOURCE", help="transcribed audio (nothing given: the demo)")
-    if unlabelled:
-        group.add_argument("--unlabelled", nargs="+", metavar="SOURCE", help="more audio, transcripts not needed")
+    group.add_argument("--unlabelled", nargs="+", metavar="SOURCE", help="more audio, transcripts not needed")
     group.add_argument("--dev", nargs="+", metavar="SOURCE",
                        help="audio to evaluate on while training (default: one in twenty of the rest, at most 200)")
     group.add_argument("--speeds", nargs="+", type=float, default=[0.9, 1.0, 1.1], metavar="X",
@@ -185,11 +184,12 @@ def add_source_options(parser, unlabelled):
 def load_training_data(args, say, transcribed=False):
     """Resolve the options above (nothing given: the demo) and read them. -> (training utterances, development
     utterances)"""
-    sources, dev_sources = [*(args.data or []), *(getattr(args, "unlabelled", None) or [])], args.dev
-    if not sources:
-        sources = [DEMO / "corpus/train"] + [DEMO / "corpus/unlabelled"] * (not transcribed)
+    sources, unlabelled, dev_sources = args.data or [], args.unlabelled or [], args.dev
+    if not sources and (transcribed or not unlabelled):
+        sources = [DEMO / "corpus/train"]
+        unlabelled = unlabelled or [DEMO / "corpus/unlabelled"] * (not transcribed)
         dev_sources = args.dev or [DEMO / "corpus/dev"]
-    train = load_sources(sources, transcribed)
+    train = load_sources(sources if transcribed else [*sources, *unlabelled], transcribed)
     if dev_sources:
         dev = load_sources(dev_sources, transcribed)
         clash = {u.path for u in dev}
@@ -198,6 +198,9 @@ def load_training_data(args, say, transcribed=False):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         held = set(order[:min(200, math.ceil(len(train) / 20))])
         train, dev = [u for i, u in enumerate(train) if i not in held], [u for i, u in enumerate(train) if i in held]
+    if transcribed and unlabelled:  # whatever is written beside them: it is not to be read
+        known = {u.path for u in train + dev}
+        train += [replace(u, text=None) for u in load_sources(unlabelled) if u.path not in known]
     long = [u for u in train if u.seconds / min(args.speeds) > min(LONGEST, args.batch_seconds)]
     report([f"{u.path}: {u.seconds / min(args.speeds):.0f} s at the slowest of --speeds, more than --batch-seconds "
             f"{args.batch_seconds:g} or {LONGEST:g}" for u in long], "training utterances: too long")
@@ -381,7 +384,8 @@ class _Dataset(torch.utils.data.Dataset):
             return Batch([], torch.zeros(0, 0, 80), torch.zeros(0), None, None, None, 0.0, [], tuple(failed))
         targets = target_lengths = None
         if loader.tokenizer:
-            labels = [torch.tensor(loader.tokenizer.encode(normalise(u.text)).ids, dtype=torch.long) for u in kept]
+            encode = lambda text: torch.tensor(loader.tokenizer.encode(normalise(text or "")).ids, dtype=torch.long)
+            labels = [encode(u.text) for u in kept]
             targets, target_lengths = pad_sequence(labels, batch_first=True), torch.tensor([len(x) for x in labels])
         return Batch([u.id for u in kept], pad_sequence(features, batch_first=True),
                      torch.tensor([len(f) for f in features]),

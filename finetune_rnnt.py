@@ -6,7 +6,9 @@
         --steps 40000 --batch-seconds 400 --out exp/finetune-100h                                    # one GPU
     torchrun --nproc_per_node 8 finetune_rnnt.py ...          # eight GPUs, the same arguments
 
-    L = L_transducer + c * L_CTC     # Graves 2012 and 2006, both from one encoder; with --loss pruned + 0.5 L_simple
+    python finetune_rnnt.py --teacher-transducer exp/a exp/b --out exp/taught       # trained transducers teach it too
+
+    L = L_transducer + c * L_CTC + lambda * L_KD      # arXiv 1211.3711; Graves 2006; arXiv 2110.03334 and 1906.10834
 """
 import argparse
 import sys
@@ -15,9 +17,11 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
+import decode
 import losses
 import model
 import run as running
@@ -25,21 +29,59 @@ from decode import Errors, transcribe, word_errors
 from run import UserError
 
 
-def stage2_loss(student, batch, ctc_weight):
-    """-> (sum over utterances of L_transducer + c * L_CTC, utterances, {name: mean})"""
+def stage2_loss(student, batch, args, teachers=()):
+    """-> (sum over utterances of L_transducer + c * L_CTC + lambda * L_KD, utterances, {name: mean})"""
+    if teachers:
+        batch, nodes, soft_labels = listen(teachers, batch, args)
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
-    inputs = hidden, student.predict(batch.targets), batch.targets, lengths, batch.target_lengths
-    parts = {}
+    predicted, parts = student.predict(batch.targets), {}
+    lattice = hidden, predicted, batch.targets, lengths, batch.target_lengths
     if student.config.simple_joiner:
         parts["transducer"], parts["simple"] = losses.pruned_transducer_loss(student.joiner, student.simple_joiner,
-                                                                             *inputs, reduction="sum")
+                                                                             *lattice, reduction="sum")
     else:
-        parts["transducer"] = losses.transducer_loss_from_joiner(student.joiner, *inputs, reduction="sum")
+        parts["transducer"] = losses.transducer_loss_from_joiner(student.joiner, *lattice, reduction="sum")
     log_probs = student.ctc(hidden).float().log_softmax(-1).transpose(0, 1)                            # (T, B, V)
     parts["ctc"] = F.ctc_loss(log_probs, batch.targets, lengths, batch.target_lengths, reduction="sum",
                               zero_infinity=True)
-    weights, B = {"transducer": 1.0, "simple": 0.5, "ctc": ctc_weight}, torch.tensor(len(batch.ids))
+    if teachers:
+        parts["kd"], _ = losses.path_distillation_loss(student.joiner, hidden, predicted, nodes, soft_labels, lengths,
+                                                       args.kd_temperature, args.kd_shift)
+    weights = {"transducer": 1.0, "simple": 0.5, "ctc": args.ctc_weight, "kd": args.kd_weight}
+    B = torch.tensor(len(batch.ids))
     return sum(weights[name] * part for name, part in parts.items()), B, {k: part / B for k, part in parts.items()}
+
+
+@torch.no_grad()
+def listen(teachers, batch, args):
+    """What the frozen transducers, who hear the audio without SpecAugment, say of a batch -> (the batch, with the first
+    teacher's transcript where it has none; nodes of their best path; soft labels there)"""
+    device = batch.features.device
+    features = pad_sequence([data.log_mel(w) for w in batch.waveforms], batch_first=True).to(device)
+    hidden = [teacher.encoder(features, batch.feature_lengths) for teacher in teachers]
+    if None in batch.texts:
+        heard = decode.greedy_transducer(teachers[0], *hidden[0])
+        labels = [row[:n] if text is not None else torch.tensor(own, device=device, dtype=torch.long)
+                  for row, n, text, own in zip(batch.targets, batch.target_lengths, batch.texts, heard)]
+        batch = replace(batch, targets=pad_sequence(labels, batch_first=True),
+                        target_lengths=torch.tensor([len(x) for x in labels], device=device))
+    ensemble = [(teacher.joiner, h, teacher.predict(batch.targets)) for teacher, (h, _) in zip(teachers, hidden)]
+    t, u, exist, p = losses.one_best_path(ensemble, batch.targets, hidden[0][1], batch.target_lengths,
+                                          args.kd_temperature)
+    if args.essence_drop:
+        next_label, best = F.pad(batch.targets, (0, 1)).gather(1, u), p.argmax(-1)
+        exist = exist & ((best == losses.BLANK) | (best == next_label))
+    return batch, (t, u, exist), losses.essence(p, args.essence_top_k, args.essence_mass)
+
+
+def load_teachers(paths, device):
+    """-> (frozen transducers, the tokenizer they share)"""
+    loaded = [decode.load_recogniser(path, device) for path in paths]
+    for path, (_, tokenizer) in zip(paths, loaded):
+        if tokenizer.to_str() != loaded[0][1].to_str():
+            raise UserError(f"--teacher-transducer {path} has another tokenizer than {paths[0]}: teachers of one "
+                            f"ensemble must write the same tokens")
+    return [teacher.eval().requires_grad_(False) for teacher, _ in loaded], loaded[0][1]
 
 
 def new_student(args, tokenizer, say):
@@ -63,10 +105,9 @@ def new_student(args, tokenizer, say):
     return student, {key: checkpoint.get(key) for key in ("size", "teachers")}
 
 
-@running.polite
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data.add_source_options(parser, unlabelled=False)
+    data.add_source_options(parser)
     group = parser.add_argument_group("student")
     group.add_argument("--init", default="exp/pretrain",
                        help="run directory or checkpoint of stage 1, or 'none' (default %(default)s)")
@@ -88,9 +129,33 @@ def main(argv=None):
     group.add_argument("--freeze-steps", type=int,
                        help="updates before the encoder learns too, so that the random new parts do not spoil it "
                        "(default: a tenth of --steps; none with --init none)")
+    group = parser.add_argument_group("output distillation", "trained transducers teach by what they answer; they also "
+                                      "transcribe --unlabelled audio")
+    group.add_argument("--teacher-transducer", nargs="+", metavar="CKPT", default=[],
+                       help="run directories or checkpoints of stage 2; several form an ensemble; their tokenizer is "
+                       "used")
+    group.add_argument("--kd-weight", type=float, default=1.0, help="lambda above (default %(default)s)")
+    group.add_argument("--kd-temperature", type=float, default=1.0,
+                       help="above 1 the soft labels are softer (default %(default)s)")
+    group.add_argument("--kd-shift", type=int, default=0,
+                       help="frames of 40 ms by which the student may answer later, for a streaming student of an "
+                       "offline teacher (default %(default)s)")
+    group.add_argument("--essence-top-k", type=int, metavar="K", help="keep the K likeliest soft labels of a node")
+    group.add_argument("--essence-mass", type=float, metavar="M", help="keep the fewest that hold this probability")
+    group.add_argument("--essence-drop", action="store_true",
+                       help="leave out nodes where the teachers would write another label than the transcript")
     running.add_training_options(parser, out="exp/finetune", steps=450)
     args = parser.parse_args(argv)
     running.check_training_options(args)
+    essence = args.essence_top_k or args.essence_mass or args.essence_drop
+    if not args.teacher_transducer and (args.unlabelled or essence):
+        raise UserError("--unlabelled and --essence-... need a --teacher-transducer")
+    return args
+
+
+@running.polite
+def main(argv=None):
+    args = parse(argv)
 
     # ---- machine, run, data
     device, dtype, why = running.choose_device(args.device)
@@ -103,19 +168,22 @@ def main(argv=None):
         return 0
     train_set, dev_set = data.load_training_data(args, say, transcribed=True)
 
-    # ---- tokenizer and student
+    # ---- teachers, tokenizer, student
+    teachers, shared = load_teachers(args.teacher_transducer, device) if args.teacher_transducer else ([], None)
+    if teachers:
+        say(f"taught by {', '.join(args.teacher_transducer)}: their tokenizer, and what they answer")
     torch.manual_seed(args.seed)
     if this.state:
         tokenizer, student = Tokenizer.from_str(this.state["tokenizer"]), model.load_student(this.state)
         origin = {key: this.state[key] for key in ("size", "teachers")}
     else:
-        tokenizer = data.train_tokenizer([u.text for u in train_set], args.vocab_size, args.min_frequency)
+        tokenizer = shared or data.train_tokenizer([u.text for u in train_set], args.vocab_size, args.min_frequency)
         student, origin = new_student(args, tokenizer, say)
     student.to(device)
     say(f"student: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} tokens, "
         f"{args.predictor} predictor")
-    loader = data.Loader(train_set, args.batch_seconds, tokenizer, augment=True, speeds=args.speeds,
-                         workers=args.workers, seed=args.seed, rank=rank, world=world)
+    loader = data.Loader(train_set, args.batch_seconds, tokenizer, waveforms=bool(teachers), augment=True,
+                         speeds=args.speeds, workers=args.workers, seed=args.seed, rank=rank, world=world)
     dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers)
     new = [p for name, p in student.named_parameters() if not name.startswith("encoder.")]
     optimizer = torch.optim.AdamW([{"params": new},
@@ -142,9 +210,8 @@ def main(argv=None):
         return {"dev WER": totals["transducer"].rate, "dev WER of CTC": totals["ctc"].rate}, totals["transducer"].rate
 
     extra = {"config": student.config, "stage": 2, "tokenizer": tokenizer.to_str(), "init": str(args.init), **origin}
-    code = running.train(this, student, loader, lambda batch: stage2_loss(student, batch, args.ctc_weight), evaluate,
-                         optimizer, extra,
-                         device, dtype, rank, world, before_step)
+    code = running.train(this, student, loader, lambda batch: stage2_loss(student, batch, args, teachers), evaluate,
+                         optimizer, extra, device, dtype, rank, world, before_step)
     if code == 0:
         say(f"next: python decode.py --checkpoint {args.out}")
     return code

@@ -289,6 +289,51 @@ class Lattice(torch.autograd.Function):
         return F.pad(via_blank * minus, (0, 1)), F.pad(via_label * minus, (0, 0, 0, 1))
 
 
+# ---------------------------------------------------------------------------- stage 2: transducers teach a transducer
+
+def one_best_path(ensemble, targets, logit_lengths, target_lengths, temperature=1.0, blank=BLANK):
+    """Walk the teachers' lattice along the transcript: (t, u) -> (t+1, u) where blank is their best guess or nothing is
+    left to write, else (t, u+1). From arXiv 2110.03334; several teachers speak with their mean (arXiv 1906.10834).
+
+    ensemble: list of (joiner, hidden (B, T, d), predicted (B, U+1, P)); targets (B, U) -> nodes t, u (B, N), which of
+    them exist, and the soft labels there, p = mean_m softmax(z_m / temperature), (B, N, V), with N = T + U.
+    """
+    T, U, row = logit_lengths, target_lengths, torch.arange(len(targets), device=targets.device)
+    ensemble = [(joiner.join, joiner.encoder(h), joiner.predictor(g)) for joiner, h, g in ensemble]
+    t, u, path = torch.zeros_like(T), torch.zeros_like(U), []
+    for _ in range(int((T + U).max())):
+        at = t.minimum(T - 1)
+        p = sum((join(h[row, at], g[row, u]).float() / temperature).softmax(-1) for join, h, g in ensemble)
+        path.append((t, u, t < T, p / len(ensemble)))
+        write = (p.argmax(-1) != blank) & (u < U)
+        t, u = t + ~write, u + (write & (t < T))
+    return [torch.stack(x, 1) for x in zip(*path)]
+
+
+def essence(p, top_k=None, mass=None):
+    """Soft labels (..., V) -> their essence (arXiv 1906.10834; the rule is ours): the top k of them, or the fewest that
+    hold `mass` together, the rest 0, made to sum to 1 again."""
+    ordered, order = p.sort(dim=-1, descending=True)
+    keep = torch.arange(p.shape[-1], device=p.device) < (top_k or p.shape[-1])
+    keep = keep & (ordered.cumsum(-1) - ordered < (mass or 2.0))
+    q = torch.zeros_like(p).scatter(-1, order, ordered * keep)
+    return q / q.sum(-1, keepdim=True)
+
+
+def path_distillation_loss(joiner, hidden, predicted, nodes, soft_labels, logit_lengths, temperature=1.0, shift=0):
+    """L_KD = sum over the path's nodes of - sum_k q_k log softmax(z / temperature)_k, z the student's logits at
+    (t + shift, u): a streaming student emits later than its teacher.
+
+    hidden (B, T, d), predicted (B, U+1, P), nodes (t, u, exist) (B, N) each, soft labels q (B, N, V) -> (loss, nodes)
+    """
+    (t, u, exist), row = nodes, torch.arange(len(hidden), device=hidden.device)[:, None]
+    exist = exist & (t + shift < logit_lengths[:, None])
+    z = joiner.join(joiner.encoder(hidden)[row, (t + shift).clamp(max=hidden.shape[1] - 1)],
+                    joiner.predictor(predicted)[row, u]).float()                               # (B, N, V)
+    cross_entropy = -(soft_labels * (z / temperature).log_softmax(-1)).sum(-1)
+    return cross_entropy.where(exist, 0).sum(), exist.sum()
+
+
 # ---------------------------------------------------------------------------- small print
 
 def check_lattice(name, shape, targets, logit_lengths, target_lengths, blank, reduction):

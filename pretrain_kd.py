@@ -201,7 +201,7 @@ def stage1_loss(student, batch, targets, weights):
 @running.polite
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data.add_source_options(parser, unlabelled=True)
+    data.add_source_options(parser)
     group = parser.add_argument_group("teachers and student")
     group.add_argument("--teachers", nargs="+", metavar="NAME[:LAYER]",
                        default=[str(DEMO / "teachers/hubert"), str(DEMO / "teachers/whisper")],

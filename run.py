@@ -129,11 +129,11 @@ def add_training_options(parser, out, steps):
 def check_training_options(args):
     """Raise UserError for a budget of nothing and the like, before anything is loaded."""
     for name in ("steps", "minutes", "batch_seconds", "accumulate", "eval_every", "lr", "encoder_lr", "clip",
-                 "vocab_size", "min_frequency"):
+                 "vocab_size", "min_frequency", "kd_temperature", "essence_top_k", "essence_mass"):
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, found {value}")
-    for name in ("workers", "ctc_weight", "freeze_steps"):
+    for name in ("workers", "ctc_weight", "freeze_steps", "kd_weight", "kd_shift"):
         value = getattr(args, name, None)
         if value is not None and not value >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, found {value}")

@@ -8,7 +8,8 @@ import torch
 import torchaudio
 
 import losses
-from losses import pruned_transducer_loss, transducer_loss, transducer_loss_from_joiner
+from losses import (essence, one_best_path, path_distillation_loss, pruned_transducer_loss, transducer_loss,
+                    transducer_loss_from_joiner)
 from model import Config, Joiner, SimpleJoiner
 
 # ---------------------------------------------------------------------------- transducer loss
@@ -361,6 +362,68 @@ def test_joiner_losses_name_the_argument_that_does_not_fit(name, change):
         pruned_transducer_loss(joiner, simple, hidden, predicted, *rest)
     with pytest.raises(ValueError, match="non-empty"):
         transducer_loss_from_joiner(joiner, hidden[:0], predicted[:0], *(x[:0] for x in rest))
+
+
+# ---------------------------------------------------------------------------- transducers that teach
+
+def ensemble_case(seed, members=2):
+    cases = [case(10 * seed + m) for m in range(members)]
+    targets, T, U = cases[0][-1]
+    return [(joiner, hidden, predicted) for joiner, _, hidden, predicted, _ in cases], targets, T, U
+
+
+def plain_path(ensemble, b, T, U, temperature):
+    """One utterance, node by node, from whole lattices: [(t, u, p)]"""
+    lattices = [joiner(hidden, predicted)[b] / temperature for joiner, hidden, predicted in ensemble]
+    t, u, path = 0, 0, []
+    while t < T:
+        p = sum(z[t, u].softmax(-1) for z in lattices) / len(lattices)
+        path.append((t, u, p))
+        t, u = (t + 1, u) if p.argmax() == 0 or u == U else (t, u + 1)
+    return path
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_best_path_and_its_loss_node_by_node(seed):
+    ensemble, targets, T, U = ensemble_case(seed, members=1 + seed % 3)
+    joiner, _, hidden, predicted, _ = case(99)
+    t, u, exist, p = one_best_path(ensemble, targets, T, U, temperature=2.0)
+    loss, count = path_distillation_loss(joiner, hidden, predicted, (t, u, exist), p, T, temperature=2.0, shift=seed % 3)
+    z, expected, nodes = joiner(hidden, predicted), 0.0, 0
+    for b in range(3):
+        path = plain_path(ensemble, b, T[b], U[b], 2.0)
+        assert [(t_, u_) for t_, u_, _ in path] == [*zip(t[b][exist[b]].tolist(), u[b][exist[b]].tolist())]
+        torch.testing.assert_close(p[b][exist[b]], torch.stack([q for _, _, q in path]), check_dtype=False)
+        for t_, u_, q in path:
+            if t_ + seed % 3 < T[b]:
+                expected, nodes = expected - (q * (z[b, t_ + seed % 3, u_] / 2).log_softmax(-1)).sum(), nodes + 1
+    assert count == nodes and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn():
+    """The cross entropy is then the teacher's entropy, its least value, with gradient zero."""
+    joiner, _, hidden, predicted, (targets, T, U) = case(5)
+    t, u, exist, p = one_best_path([(joiner, hidden, predicted)], targets, T, U)
+    p = p.detach().double()
+    loss, _ = path_distillation_loss(joiner, hidden, predicted, (t, u, exist), p, T)
+    assert loss.item() == pytest.approx(-(p * p.log()).sum(-1)[exist].sum().item(), rel=1e-5)
+    assert all(g.abs().max() < 1e-5 for g in gradients(loss, joiner, hidden, predicted))
+
+
+def test_essence_keeps_the_likeliest_soft_labels():
+    p = torch.rand(4, 7, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    torch.testing.assert_close(essence(p), p)
+    torch.testing.assert_close(essence(p, top_k=9), p)
+    torch.testing.assert_close(essence(p, mass=1.0), p)
+    torch.testing.assert_close(essence(p, top_k=1), torch.nn.functional.one_hot(p.argmax(-1), 9).float())
+    for kept, row in zip(essence(p, mass=0.5).flatten(0, 1), p.flatten(0, 1)):
+        chosen, total = [], 0.0
+        for k in sorted(range(9), key=lambda k: -row[k]):
+            if total < 0.5:
+                chosen.append(k)
+                total += row[k].item()
+        assert set(kept.nonzero()[:, 0].tolist()) == set(chosen)
+        torch.testing.assert_close(kept[chosen], row[chosen] / row[chosen].sum())
 
 
 # ---------------------------------------------------------------------------- distillation loss

@@ -1,5 +1,6 @@
 """The three scripts from end to end: tiny budgets, a few utterances of the demo, two tiny random teachers."""
 
+import argparse
 import json
 import os
 import re
@@ -289,7 +290,7 @@ def test_one_batch_can_be_learned_by_heart(demo_utterances):
     for step in range(300):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 20)
-        loss, count, _ = finetune_rnnt.stage2_loss(student, batch, 0.3)
+        loss, count, _ = finetune_rnnt.stage2_loss(student, batch, argparse.Namespace(ctc_weight=0.3, kd_weight=0.0))
         optimizer.zero_grad()
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
@@ -340,3 +341,39 @@ torch.distributed.destroy_process_group()""")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------------------- output distillation
+
+def test_an_ensemble_teaches_on_transcribed_and_other_audio(stage2, finetuned, corpus, tmp_path, capsys):
+    """Its tokenizer is taken over, its soft labels enter the loss, it transcribes what nobody wrote down; an interrupted
+    run goes on; the pruned loss goes with it."""
+    taught = [*stage2, "--teacher-transducer", str(finetuned), str(finetuned / "last.pt"), "--essence-top-k", "4",
+              "--kd-shift", "1", "--unlabelled", str(DEMO / "corpus/dev"), "--loss", "pruned"]
+    assert finetune_rnnt.main([*taught, "--out", str(tmp_path / "taught")]) == 0
+    said = capsys.readouterr().out
+    ours, theirs = (model.load_checkpoint(x) for x in (tmp_path / "taught", finetuned))
+    assert ours["tokenizer"] == theirs["tokenizer"] and f"taught by {finetuned}" in said
+    steps = [json.loads(line) for line in (tmp_path / "taught/log.jsonl").read_text().splitlines()]
+    assert any(step.get("kd", 0) > 0 and step.get("simple", 0) > 0 for step in steps)
+    assert decode.main(["--checkpoint", str(tmp_path / "taught"), "--data", str(corpus / "dev")]) == 0
+
+
+def test_kd_weight_0_is_training_without_a_teacher(stage2, finetuned, tmp_path):
+    alone, [*taught] = ([*stage2, "--out", str(tmp_path / name), "--teacher-transducer", str(finetuned)] for name in "ab")
+    assert finetune_rnnt.main([*taught, "--kd-weight", "0"]) == finetune_rnnt.main([*alone[:-2]]) == 0
+    a, b = (model.load_checkpoint(tmp_path / name / "last.pt")["raw_model"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_teachers_that_do_not_fit_are_one_line(stage2, finetuned, pretrained, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "x")]
+    capsys.readouterr()
+    refused(capsys, finetune_rnnt.main([*stage2, *out, "--essence-top-k", "3"]), "--teacher-transducer")
+    refused(capsys, finetune_rnnt.main([*stage2, *out, "--unlabelled", "y"]), "--teacher-transducer")
+    refused(capsys, finetune_rnnt.main([*stage2, *out, "--teacher-transducer", str(pretrained)]), "stage 1")
+    other = model.load_checkpoint(finetuned)
+    other["tokenizer"] = data.train_tokenizer(["quite other words"] * 200, 40, 1).to_str()
+    torch.save(other, tmp_path / "other.pt")
+    refused(capsys, finetune_rnnt.main([*stage2, *out, "--teacher-transducer", str(finetuned), str(tmp_path / "other.pt")]),
+            "another tokenizer")
