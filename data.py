@@ -46,6 +46,7 @@ class Utterance:
     seconds: float
     text: str | None = None                # None: nobody wrote it down
     id: str = ""
+    weight: float = 1.0                    # of its loss in stage 2
 
 
 def load_utterances(source, transcribed=False, skipped=None):
@@ -125,6 +126,8 @@ def read_manifest(path):
             entry = json.loads(line)
             if entry.get("offset"):
                 raise TypeError("segments of a file (offset) are not supported, cut the file")
+            if entry.get("keep") is False:  # pseudo_label.py says why in the row
+                continue
             audio, text = path.parent / entry["audio_filepath"], entry.get("text")
             if text is not None and not isinstance(text, str):
                 raise TypeError("text is not a string")
@@ -185,11 +188,12 @@ def load_training_data(args, say, transcribed=False):
     """Resolve the options above (nothing given: the demo) and read them. -> (training utterances, development
     utterances)"""
     sources, unlabelled, dev_sources = args.data or [], args.unlabelled or [], args.dev
-    if not sources and (transcribed or not unlabelled):
+    pseudo = [replace(u, weight=args.pseudo_weight) for u in load_sources(args.pseudo, True)] if transcribed else []
+    if not sources and not pseudo and (transcribed or not unlabelled):
         sources = [DEMO / "corpus/train"]
         unlabelled = unlabelled or [DEMO / "corpus/unlabelled"] * (not transcribed)
         dev_sources = args.dev or [DEMO / "corpus/dev"]
-    train = load_sources(sources if transcribed else [*sources, *unlabelled], transcribed)
+    train = load_sources(sources if transcribed else [*sources, *unlabelled], transcribed) + pseudo
     if dev_sources:
         dev = load_sources(dev_sources, transcribed)
         clash = {u.path for u in dev}
@@ -299,6 +303,7 @@ class Batch:
     waveforms: list | None                 # B of (S,), where a teacher wants to listen
     targets: torch.Tensor | None           # (B, U), padded with 0
     target_lengths: torch.Tensor | None    # (B,)
+    weights: torch.Tensor | None           # (B,) of the utterances' losses
     seconds: float                         # of audio, without padding
     texts: list | None = None
     failed: tuple = ()                     # (path, why) of files that could not be read
@@ -381,7 +386,8 @@ class _Dataset(torch.utils.data.Dataset):
                 features.append(spec_augment(mel) if loader.augment else mel)
                 kept.append(u)
         if not kept:
-            return Batch([], torch.zeros(0, 0, 80), torch.zeros(0), None, None, None, 0.0, [], tuple(failed))
+            return Batch([], torch.zeros(0, 0, 80), torch.zeros(0), None, None, None, None, 0.0, [],
+                         tuple(failed))
         targets = target_lengths = None
         if loader.tokenizer:
             encode = lambda text: torch.tensor(loader.tokenizer.encode(normalise(text or "")).ids, dtype=torch.long)
@@ -389,7 +395,8 @@ class _Dataset(torch.utils.data.Dataset):
             targets, target_lengths = pad_sequence(labels, batch_first=True), torch.tensor([len(x) for x in labels])
         return Batch([u.id for u in kept], pad_sequence(features, batch_first=True),
                      torch.tensor([len(f) for f in features]),
-                     waves if loader.waveforms else None, targets, target_lengths, sum(map(len, waves)) / SAMPLE_RATE,
+                     waves if loader.waveforms else None, targets, target_lengths,
+                     torch.tensor([u.weight for u in kept]), sum(map(len, waves)) / SAMPLE_RATE,
                      [u.text for u in kept], tuple(failed))
 
 

@@ -37,13 +37,14 @@ def stage2_loss(student, batch, args, teachers=()):
     predicted, parts = student.predict(batch.targets), {}
     lattice = hidden, predicted, batch.targets, lengths, batch.target_lengths
     if student.config.simple_joiner:
-        parts["transducer"], parts["simple"] = losses.pruned_transducer_loss(student.joiner, student.simple_joiner,
-                                                                             *lattice, reduction="sum")
+        each = losses.pruned_transducer_loss(student.joiner, student.simple_joiner, *lattice, reduction="none")
+        parts["transducer"], parts["simple"] = (loss @ batch.weights for loss in each)
     else:
-        parts["transducer"] = losses.transducer_loss_from_joiner(student.joiner, *lattice, reduction="sum")
+        loss = losses.transducer_loss_from_joiner(student.joiner, *lattice, reduction="none")
+        parts["transducer"] = loss @ batch.weights
     log_probs = student.ctc(hidden).float().log_softmax(-1).transpose(0, 1)                            # (T, B, V)
-    parts["ctc"] = F.ctc_loss(log_probs, batch.targets, lengths, batch.target_lengths, reduction="sum",
-                              zero_infinity=True)
+    parts["ctc"] = batch.weights @ F.ctc_loss(log_probs, batch.targets, lengths, batch.target_lengths,
+                                              reduction="none", zero_infinity=True)
     if teachers:
         parts["kd"], _ = losses.path_distillation_loss(student.joiner, hidden, predicted, nodes, soft_labels, lengths,
                                                        args.kd_temperature, args.kd_shift)
@@ -108,6 +109,11 @@ def new_student(args, tokenizer, say):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_source_options(parser)
+    group = parser.add_argument_group("pseudo-labels")
+    group.add_argument("--pseudo", nargs="+", metavar="MANIFEST", default=[],
+                       help="audio with labels that a model gave it, from pseudo_label.py")
+    group.add_argument("--pseudo-weight", type=float, default=0.8,
+                       help="of their loss, where true labels have 1 (default %(default)s)")
     group = parser.add_argument_group("student")
     group.add_argument("--init", default="exp/pretrain",
                        help="run directory or checkpoint of stage 1, or 'none' (default %(default)s)")
