@@ -9,15 +9,18 @@
     p_k = Linear_k(h),   L = sum_k w_k * mean |p_k - e_k|     # arXiv 2303.10917; e_k standardised, see Teacher
 """
 import argparse
+import bisect
+import functools
 import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
 import data
@@ -26,124 +29,205 @@ import model
 import run as running
 from run import DEMO, UserError
 
-STUDENT_RATE = 25                       # frames per second
+STUDENT_HOP = 4 * data.HOP              # samples, 40 ms: the student's 25 Hz
 
 
 # ---------------------------------------------------------------------------- teachers
 
-class Teacher:
-    """A frozen Hugging Face audio encoder: Teacher("name-or-folder[:layer]")(waveforms) -> embeddings at the student's
-    25 Hz.
+def load_encoder(name):
+    """-> (feature extractor, encoder in float32) of a hub name or folder; a folder is read without any network call.
 
-    layer: "last" (default) or the number of a hidden layer, 0 being what enters the first one.
-    dim: width of an embedding. A teacher of 50 Hz gives its frames 2t and 2t+1 side by side for student frame t, so
-    dim is 2D; other rates (Moonshine: 41.7 Hz) are first interpolated linearly to the nearest multiple of 25 Hz.
+    Raises UserError that says what to do: another name, `hf download`, a token, another kind of model.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    local = Path(name).is_dir()
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=local)
+        classes = transformers.MODEL_MAPPING.get(type(config), None)
+        listens = getattr(classes[0] if isinstance(classes, tuple) else classes, "main_input_name", None)
+        kind = {"input_ids": "text", "pixel_values": "vision"}.get(listens)
+        if kind is None:
+            extractor = AutoFeatureExtractor.from_pretrained(name, local_files_only=local)
+            whole, found = AutoModel.from_pretrained(name, dtype=torch.float32, local_files_only=local,
+                                                     output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"teacher {name}: {why_not_loaded(name, local, error)}")
+    if kind:
+        raise UserError(f"teacher {name}: a {kind} model ({config.model_type}); a teacher must be a speech model")
+    if getattr(extractor, "sampling_rate", None) != data.SAMPLE_RATE:
+        raise UserError(f"teacher {name}: not a speech model that listens at {data.SAMPLE_RATE} Hz")
+    missing = [key for key in found["missing_keys"] if "masked_spec_embed" not in key]  # (only used while masking)
+    if missing:
+        raise UserError(f"teacher {name}: its weights lack {len(missing)} tensors (e.g. {missing[0]}), which would be "
+                        f"random; save the model again or choose another")
+    encoder = whole.get_encoder()  # of Whisper, Moonshine, Parakeet: a model; of the others: a part that hears no audio
+    return extractor, encoder if isinstance(encoder, transformers.PreTrainedModel) else whole
+
+
+def why_not_loaded(name, local, error):
+    """The cause in the user's words, and the cure."""
+    text = str(error).strip() or type(error).__name__
+    if "gated repo" in text or "401 Client Error" in text:
+        return (f"its owner grants access on request: ask at https://huggingface.co/{name}, then log in with `hf auth "
+                f"login` or set HF_TOKEN")
+    if local:
+        return f"{text.splitlines()[0]} - the folder must hold what `hf download` or save_pretrained leaves there"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return "no such folder"
+    if "not a valid model identifier" in text:
+        return "the hub has no such model; give owner/name as https://huggingface.co spells it, or a folder"
+    if "connect" in text or "offline" in text:
+        return (f"not on this machine and the hub cannot be asked (HF_HUB_OFFLINE or no network); where there is one: "
+                f"hf download {name}   (kept in HF_HOME)")
+    return f"{text.splitlines()[0]} - give a folder or a hub name of a speech model"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Which samples the frames of a layer belong to. Every encoder is a chain of convolutions, so S samples give
+    (S + offset) // hop frames, and frame i is centred on sample i * hop + (hop - offset) / 2."""
+    hop: int        # samples from frame to frame
+    offset: int     # samples; negative: a frame needs more than a hop, positive: the ends are padded
+    width: int      # D
+
+    def frames(self, samples):
+        return max(1, (samples + self.offset) // self.hop)
+
+    @property
+    def centre(self):
+        return (self.hop - self.offset) / 2  # of the first frame, in samples
+
+    @property
+    def stack(self):
+        return max(1, round(STUDENT_HOP / self.hop))  # teacher frames to a student frame
+
+    @property
+    def rate(self):
+        return data.SAMPLE_RATE / self.hop
+
+
+class Teacher:
+    """A frozen Hugging Face audio encoder: Teacher("name-or-folder[:layer,layer]")(waveforms) -> embeddings at the
+    student's 25 Hz.
+
+    layers: "last" (default) or numbers of hidden layers, 0 being what enters the first one; each becomes a target.
+    widths: of the targets; a teacher of 50 Hz gives its frames 2t and 2t+1 side by side for student frame t, so 2D;
+    other rates (Moonshine: 41.7 Hz) are first interpolated linearly, see `align`. dim: their sum.
     mean, std (dim,): set by `standardise`, else 0 and 1.
     One law: the embedding of an utterance does not depend on its batch. Some architectures break it when padded (group
-    norm before the first layer sees the padding), so we measure it at the start: those listen to one at a time.
+    norm before the first layer sees the padding), so we measure it at the start: those listen to one at a time. Frame
+    rates are measured too; so no list of families stands here.
     """
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
-        self.spec, self.device, self.dtype = name, torch.device(device), dtype
-        self.name, _, layer = name.rpartition(":") if ":" in name and not Path(name).exists() else (name, "", "last")
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
-            config = AutoConfig.from_pretrained(self.name)
-            self.extractor = AutoFeatureExtractor.from_pretrained(self.name)
-            encoder = AutoModel.from_pretrained(self.name, dtype=torch.float32)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"teacher {self.name}: {str(error).strip().splitlines()[0]} - give a folder or a hub name "
-                            f"of a speech model with a feature extractor (hf "
-                            f"download {self.name} fetches one; afterwards HF_HUB_OFFLINE=1 "
-                            f"stays off the network)")
-        if config.is_encoder_decoder:
-            encoder = encoder.get_encoder()
+        self.spec, self.device, self.dtype = name, torch.device(device), torch.float32
+        self.name, _, layers = name.rpartition(":") if ":" in name and not Path(name).exists() else (name, "", "last")
+        self.extractor, encoder = load_encoder(self.name)
         self.encoder = encoder.to(self.device).eval().requires_grad_(False)
-        if not hasattr(self.extractor, "sampling_rate") or self.extractor.sampling_rate != data.SAMPLE_RATE:
-            raise UserError(f"teacher {self.name}: not a speech model that listens at {data.SAMPLE_RATE} Hz")
-        self.batched = True
+        self.parameters = sum(p.numel() for p in encoder.parameters())
         self.window = getattr(self.extractor, "n_samples", None)  # Whisper: every input has this length
-        self.layer = layer
-        names = "encoder_layers", "encoder_num_hidden_layers", "num_hidden_layers"  # the families' words for the same
-        layers = next(n for n in (getattr(config, name, None) for name in names) if n)
-        if layer != "last" and not (layer.isdigit() and int(layer) <= layers):
-            raise UserError(f"teacher {self.name} has no layer {layer!r}; choose {self.name}:last or {self.name}:0 to "
-                            f"{self.name}:{layers}")
+        self.layers = self._choose(layers.split(","))
 
-        # ---- frame rate and width, measured; 3.84 s is a whole number of frames at every rate in use
-        short, long = self._listen([torch.zeros(16_000)])[0], self._listen([torch.zeros(16_000 + 61_440)])[0]
-        self.rate = (len(long) - len(short)) / 3.84
-        self.stack = max(1, round(self.rate / STUDENT_RATE))
-        self.dim = self.stack * short.shape[1]
+        # ---- clocks and widths; does padding change an embedding?
+        self.batched, self.clocks = False, self._measure()
+        self.widths = [clock.stack * clock.width for clock in self.clocks]
+        self.dim = sum(self.widths)
         self.mean, self.std = torch.zeros(self.dim, device=self.device), torch.ones(self.dim, device=self.device)
-
-        # ---- does padding change an embedding?
         noise = [0.1 * torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (16_000, 28_000)]
-        self.dtype = torch.float32
-        together, alone = self._listen(noise)[0], self._listen(noise[:1])[0]
-        self.batched = len(together) == len(alone) and bool((together - alone).norm() < 1e-3 * alone.norm())
+        alone, self.batched = self._listen(noise[:1])[0], True
+        self.batched = all(a.shape == b.shape and bool((a - b).norm() < 1e-3 * a.norm())
+                           for a, b in zip(alone, self._listen(noise)[0]))
         self.dtype = dtype
 
     def __str__(self):
-        million = sum(p.numel() for p in self.encoder.parameters()) / 1e6
-        return (f"{self.spec}: {type(self.encoder).__name__}, {million:.1f} M parameters, {self.rate:.4g} Hz, layer "
-                f"{self.layer}, "
-                f"target {self.dim} wide, "
+        rates = ", ".join(dict.fromkeys(f"{clock.rate:.4g} Hz" for clock in self.clocks))
+        return (f"{self.spec}: {type(self.encoder).__name__}, {self.parameters / 1e6:.1f} M parameters, {rates}, layer "
+                f"{', '.join(self.layers)}, target {' + '.join(map(str, self.widths))} wide, "
                 f"{'in batches' if self.batched else 'one utterance at a time (padding would change it)'}")
 
-    @torch.no_grad()
     def __call__(self, waveforms, lengths=None):
         """waveforms: list of (S,) at 16 kHz, or (B, S) padded with lengths (B,) -> standardised embeddings (B, T, dim),
-        lengths (B,) at 25 Hz."""
+        lengths (B,) at 25 Hz: T is the number of the student's frames."""
         if lengths is not None:
             waveforms = [w[:n] for w, n in zip(waveforms, lengths.tolist())]
-        embeddings = [align(e, self.rate, self.stack) for e in self._listen([w.cpu() for w in waveforms])]
-        lengths = torch.tensor([len(e) for e in embeddings], device=self.device)
-        return (torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True) - self.mean) / self.std, lengths
+        embeddings, lengths = self.embed(waveforms)
+        return (embeddings - self.mean) / self.std, lengths
+
+    def embed(self, waveforms):
+        """list of (S,) -> embeddings (B, T, dim) as they are, lengths (B,)"""
+        shortest = max(clock.hop - clock.offset for clock in self.clocks)  # that give a frame
+        heard = self._listen([F.pad(w.cpu(), (0, max(0, shortest - len(w)))) for w in waveforms])
+        rows = [torch.cat([align(states, len(w), clock) for states, clock in zip(layers, self.clocks)], dim=1)
+                for w, layers in zip(waveforms, heard)]
+        return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows], device=self.device)
+
+    def _choose(self, layers):
+        """The layers asked for, where the encoder has them; deeper ones are dropped, nobody would listen to them."""
+        count = len(self._run([torch.zeros(16_000)], True).hidden_states) - 1
+        wrong = [k for k in layers if k != "last" and not (k.isdigit() and int(k) <= count)]
+        if wrong or len(set(layers)) < len(layers):
+            what = f"{self.name} has no layer {wrong[0]!r}" if wrong else f"{self.spec} names a layer twice"
+            raise UserError(f"teacher {what}; choose {self.name}:last, one of {self.name}:0 to {self.name}:{count}, or "
+                            f"several: {self.name}:{count // 2},{count}")
+        parts = dict(self.encoder.named_modules())
+        stack = parts.get("layers", parts.get("encoder.layers"))
+        if stack is not None and "last" not in layers:
+            del stack[max(map(int, layers)) + 1:]  # one more stays: some families put a norm behind the last one
+        return layers
+
+    def _measure(self):
+        """-> Clock of each layer, from how the number of frames grows with that of samples."""
+        count = functools.cache(lambda samples: [s.shape[1] for s in self._encode([torch.zeros(samples)])])
+        start, more, clocks = 16_000, 76_800, []  # 4.8 s: a whole number of frames at every rate in use
+        for k, states in enumerate(self._encode([torch.zeros(start)])):
+            if self.window:
+                hop, offset = self.window // states.shape[1], 0
+            elif count(start + more)[k] == count(start)[k]:
+                raise UserError(f"teacher {self.name}: gives {count(start)[k]} frames however long the audio is; a "
+                                f"teacher must follow the audio frame by frame")
+            else:
+                hop = more // (count(start + more)[k] - count(start)[k])
+                one_more = bisect.bisect(range(start, start + hop), count(start)[k], key=lambda n: count(n)[k])
+                offset = (count(start)[k] + 1) * hop - (start + one_more)
+            clocks.append(Clock(hop, offset, states.shape[2]))
+        return clocks
+
+    def _listen(self, waveforms):
+        """list of (S,) -> for each utterance the frames of its layers, (n, D) at the teacher's own rates, float32."""
+        pieces = [w.split(self.window or len(w)) for w in waveforms]  # longer than a window: each window as if alone
+        every = [p for ps in pieces for p in ps]
+        rows = iter([[states[b, :clock.frames(len(p))] for states, clock in zip(layers, self.clocks)]
+                     for group in ([every] if self.batched else [[p] for p in every])
+                     for layers in [self._encode(group)] for b, p in enumerate(group)])
+        return [[torch.cat(layer) for layer in zip(*(next(rows) for _ in ps))] for ps in pieces]
+
+    def _encode(self, waveforms):
+        """list of (S,) -> for each layer asked for its states (B, n, D), padded, float32"""
+        out = self._run(waveforms, any(k != "last" for k in self.layers))
+        states = [out.last_hidden_state if k == "last" else out.hidden_states[int(k)] for k in self.layers]
+        valid = getattr(out, "attention_mask", None)  # of frames; some families make one that hears no audio at all
+        return [s[:, :None if valid is None else int(valid.sum(1).max())].float() for s in states]
 
     @torch.no_grad()
-    def _listen(self, waveforms):
-        """list of (S,) -> list of (T, D), at the teacher's own frame rate, float32."""
-        if self.window:  # longer than the window: in pieces, each padded to the window, its frames cut to the audio
-            pieces = [w.split(self.window) for w in waveforms]
-            inputs = self.extractor([p.numpy() for ps in pieces for p in ps], sampling_rate=data.SAMPLE_RATE,
-                                    return_tensors="pt")
-            frames = self._encode(inputs)
-            size = self.window // frames.shape[1]  # samples per frame
-            frames = iter(frames)
-            return [torch.cat([next(frames)[:max(1, len(p) // size)] for p in ps]) for ps in pieces]
-        out = []
-        for group in [waveforms] if self.batched else [[w] for w in waveforms]:
-            inputs = self.extractor([w.numpy() for w in group], sampling_rate=data.SAMPLE_RATE, return_tensors="pt",
-                                    padding=True)
-            frames = self._encode(inputs)
-            out += [e[:self._frames(len(w), frames.shape[1], max(map(len, group)))] for w, e in zip(group, frames)]
-        return out
-
-    def _encode(self, inputs):
+    def _run(self, waveforms, hidden_states):
+        """What transformers' own feature extractor (it knows whether to normalise) and encoder make of them."""
+        length = {} if self.window else {"padding": "longest", "return_attention_mask": True}
+        inputs = self.extractor([w.numpy() for w in waveforms], sampling_rate=data.SAMPLE_RATE, return_tensors="pt",
+                                **length)
+        if inputs.get("attention_mask", torch.zeros(1)).all():
+            del inputs["attention_mask"]  # it hides nothing; group-norm models never saw one in their training
         with running.autocast(self.device, self.dtype):
-            out = self.encoder(**inputs.to(self.device), output_hidden_states=self.layer != "last")
-        return (out.last_hidden_state if self.layer == "last" else out.hidden_states[int(self.layer)]).float()
-
-    def _frames(self, samples, frames, longest):
-        """Frames that belong to an utterance of `samples` in a batch whose longest one has `longest` samples and
-        `frames` frames."""
-        if samples == longest:
-            return frames
-        if hasattr(self.encoder, "_get_feat_extract_output_lengths"):
-            return int(self.encoder._get_feat_extract_output_lengths(torch.tensor(samples)))
-        return max(1, frames * samples // longest)
+            return self.encoder(**inputs.to(self.device), output_hidden_states=hidden_states)
 
     @torch.no_grad()
     def standardise(self, batches):
-        """Set mean and std per dimension from the first batches: teachers of different scale then weigh alike in an L1.
-        [ours]"""
+        """Set mean and std per dimension from the first batches (lists of waveforms): teachers of different scale then
+        weigh alike in an L1. [ours]"""
         count, total, squares = 0, 0.0, 0.0
         for waveforms in batches:
-            e, lengths = self(waveforms)
-            # float64 on the CPU: MPS has none
-            frames = (e * self.std + self.mean)[losses.valid_mask(lengths, e.shape[1])].cpu().double()
+            e, lengths = self.embed(waveforms)
+            frames = e[losses.valid_mask(lengths, e.shape[1])].cpu().double()  # on the CPU: MPS has no float64
             count, total, squares = count + len(frames), total + frames.sum(0), squares + (frames ** 2).sum(0)
         mean = total / count
         self.mean = mean.float().to(self.device)
@@ -151,64 +235,64 @@ class Teacher:
 
     def state(self):
         """What a checkpoint says about a teacher."""
-        return {"spec": self.spec, "rate": self.rate, "dim": self.dim, "mean": self.mean.cpu(), "std": self.std.cpu()}
+        return {"spec": self.spec, "dim": self.dim, "mean": self.mean.cpu(), "std": self.std.cpu()}
 
 
-def align(embedding, rate, stack):
-    """(T_e, D) at `rate` Hz -> (T, stack * D) at 25 Hz: target t is made of the teacher frames within [40 t, 40 t + 40)
-    ms.
+def align(states, samples, clock):
+    """(n, D) frames of a clock -> (T, stack * D), T the student's frames of so many samples: target t is made of the
+    teacher's frames within [40 t, 40 t + 40) ms.
 
-    Where rate is not stack * 25 Hz, it is interpolated linearly first, frame centres on frame centres.
+    A clock that does not divide the 40 ms is read in between, linearly, at the middle of each stack-th of them. Past
+    the last frame its value is held: half a pair at the end is its last frame twice.
     """
-    if abs(rate - stack * STUDENT_RATE) > 0.01:
-        scale = stack * STUDENT_RATE / rate
-        embedding = F.interpolate(embedding.T[None], scale_factor=scale, mode="linear")[0].T
-    T, D = math.ceil(len(embedding) / stack), embedding.shape[1]
-    last = embedding[-1:].expand(T * stack - len(embedding), D)  # half a pair at the end: its last frame twice
-    return torch.cat([embedding, last]).reshape(T, stack * D)
+    T, stack = max(1, (samples + STUDENT_HOP // 2) // STUDENT_HOP), clock.stack
+    at = torch.arange(T * stack, device=states.device)
+    if clock.hop * stack != STUDENT_HOP:
+        at = (((at + 0.5) * STUDENT_HOP / stack - clock.centre) / clock.hop).clamp(min=0)
+    low = at.long().clamp(max=len(states) - 1)
+    high = (low + 1).clamp(max=len(states) - 1)
+    return torch.lerp(states[low], states[high], (at - low)[:, None].clamp(0, 1).float()).reshape(T, -1)
 
 
 # ---------------------------------------------------------------------------- the method
 
-def teacher_targets(teachers, waveforms, combine):
-    """What each projection head has to predict: list of (embeddings (B, T, D), lengths (B,)), one per head.
+def teacher_targets(teachers, batch, combine="heads", weights=None):
+    """What each projection head has to predict: list of (B, T, D), one per head. Each layer of a teacher is a target.
 
-    heads: a head for each teacher.   average: one head, the mean of the teachers' standardised embeddings.
-    random: one head, a teacher drawn for each utterance.
+    heads: a head for each target.   average: one head, the weighted mean of the targets, standardised as they are.
+    random: one head, for each utterance one of the targets, drawn by weight.
     """
-    if combine == "random":
-        drawn = torch.randint(len(teachers), (len(waveforms),)).tolist()
-        rows = [teachers[k]([w]) for k, w in zip(drawn, waveforms)]
-        return [(torch.nn.utils.rnn.pad_sequence([e[0] for e, _ in rows], batch_first=True),
-                 torch.cat([n for _, n in rows]))]
-    targets = [teacher(waveforms) for teacher in teachers]
+    targets = [target for teacher in teachers for target in teacher(batch.waveforms)[0].split(teacher.widths, dim=-1)]
+    if combine == "heads":
+        return targets
+    targets, weights = torch.stack(targets), torch.tensor(weights)                                   # (K, B, T, D)
     if combine == "average":
-        T = min(e.shape[1] for e, _ in targets)
-        return [(torch.stack([e[:, :T] for e, _ in targets]).mean(0), torch.stack([n for _, n in targets]).amin(0))]
-    return targets
+        return [torch.einsum("k, kbtd -> btd", (weights / weights.sum()).to(targets), targets)]
+    drawn = torch.multinomial(weights, targets.shape[1], replacement=True)
+    return [targets[drawn, torch.arange(len(drawn))]]
 
 
-def stage1_loss(student, batch, targets, weights):
-    """L = sum_k w_k * mean |p_k - e_k|   -> (L times the student's frames, frames, the mean L1 of each head)"""
+def stage1_loss(student, batch, targets, weights, kinds):
+    """L = sum_k w_k * mean |p_k - e_k|, or another kind -> (L times the student's frames, frames, mean of each head)"""
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
-    parts = []
-    for head, (target, target_lengths) in zip(student.heads, targets):
-        loss, frames = losses.distillation_loss(head(hidden).float(), target, torch.minimum(lengths, target_lengths))
-        parts.append(loss / frames)
+    parts = [losses.distillation_loss(head(hidden).float(), target, lengths, kind)[0] / lengths.sum()
+             for head, target, kind in zip(student.heads, targets, kinds)]
     return sum(w * part for w, part in zip(weights, parts)) * lengths.sum(), lengths.sum(), parts
 
 
-@running.polite
-def main(argv=None):
+def options(argv):
+    """What the user asked for; a UserError where it does not fit together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_source_options(parser, unlabelled=True)
     group = parser.add_argument_group("teachers and student")
-    group.add_argument("--teachers", nargs="+", metavar="NAME[:LAYER]",
+    group.add_argument("--teachers", nargs="+", metavar="NAME[:LAYER,...]",
                        default=[str(DEMO / "teachers/hubert"), str(DEMO / "teachers/whisper")],
-                       help="frozen teachers: Hugging Face hub names or folders, with the number of a hidden layer or "
+                       help="frozen teachers: Hugging Face hub names or folders, with one or more hidden layers or "
                             "'last' (default: the demo's two)")
     group.add_argument("--weights", nargs="+", type=float, metavar="W",
-                       help="weight of each teacher's loss (default: 1 each)")
+                       help="weight of each teacher, shared by its layers (default: 1 each)")
+    group.add_argument("--loss", nargs="+", choices=list(losses.DISTANCES), default=["l1"],
+                       help="distance to the teachers, one for all or one for each (default l1)")
     group.add_argument("--combine", choices=["heads", "average", "random"], default="heads",
                        help="a head per teacher; or one head for the "
                        "teachers' average; or one head and a random teacher per utterance (default %(default)s)")
@@ -219,10 +303,64 @@ def main(argv=None):
     running.add_training_options(parser, out="exp/pretrain", steps=1050)
     args = parser.parse_args(argv)
     running.check_training_options(args)
-    if args.weights and len(args.weights) != len(args.teachers):
-        raise UserError(f"--weights needs one number per teacher: {len(args.teachers)}, found {len(args.weights)}")
+    for name, found, few in (("--weights", args.weights, [len(args.teachers)]),
+                             ("--loss", args.loss, [1, len(args.teachers)])):
+        if found and len(found) not in few:
+            raise UserError(f"{name} needs one per teacher: {len(args.teachers)}, found {len(found)}")
+    if args.weights and not min(args.weights) > 0:
+        raise UserError(f"--weights must be above 0, found {min(args.weights)}; leave out who shall not count")
+    if args.combine != "heads" and len(set(args.loss)) > 1:
+        raise UserError(f"--combine {args.combine} has one head and takes one --loss, found {' '.join(args.loss)}")
     if len(set(args.teachers)) < len(args.teachers):
         raise UserError("--teachers names one twice; a teacher counts more through --weights")
+    return args
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer of a teacher, as the log calls it, and how it counts."""
+    name: str
+    width: int
+    weight: float
+    loss: str
+
+
+def load_teachers(args, device, say):
+    """-> (teachers, their targets)"""
+    teachers, targets = [], []
+    for spec in args.teachers:
+        teachers.append(Teacher(spec, device, running.inference_dtype(device)))
+        say(f"teacher {teachers[-1]}")
+    short = [teacher.name.rstrip("/").rpartition("/")[2] for teacher in teachers]
+    for k, teacher in enumerate(teachers):
+        name = short[k] if short.count(short[k]) == 1 else teacher.name
+        weight = (args.weights or [1.0] * len(teachers))[k] / len(teacher.layers)
+        targets += [Target(name if layer == "last" else f"{name}:{layer}", width, weight, args.loss[k % len(args.loss)])
+                    for layer, width in zip(teacher.layers, teacher.widths)]
+    if args.combine != "heads" and len({target.width for target in targets}) > 1:
+        raise UserError(f"--combine {args.combine} needs targets of one width, found "
+                        f"{', '.join(f'{t.name} {t.width}' for t in targets)}; use --combine heads")
+    return teachers, targets
+
+
+def standardise(teachers, args, train_set, state):
+    """The teachers' means and deviations: those of the run that goes on, or measured on the first 200 s of training."""
+    if state:
+        for teacher, old in zip(teachers, state["teachers"]):
+            teacher.mean, teacher.std = old["mean"].to(teacher.device), old["std"].to(teacher.device)
+        return
+    first = data.Loader(train_set, args.batch_seconds, waveforms=True, augment=True, seed=args.seed).epoch(0)
+    count = max(4, math.ceil(200 / args.batch_seconds))
+    batches = [batch.waveforms for _, batch in zip(range(count), first) if batch.ids]
+    if not batches:
+        raise UserError("none of the training audio can be read; python data.py check PATH says why")
+    for teacher in teachers:
+        teacher.standardise(batches)
+
+
+@running.polite
+def main(argv=None):
+    args = options(argv)
 
     # ---- machine, run, data
     device, dtype, why = running.choose_device(args.device)
@@ -239,62 +377,38 @@ def main(argv=None):
     dev = data.Loader(dev_set, args.batch_seconds, waveforms=True, workers=args.workers)
 
     # ---- teachers
-    teachers = []
-    for spec in args.teachers:
-        teachers.append(Teacher(spec, device, running.inference_dtype(device)))
-        say(f"teacher {teachers[-1]}")
-    if this.state:
-        for teacher, state in zip(teachers, this.state["teachers"]):
-            teacher.mean, teacher.std = state["mean"].to(device), state["std"].to(device)
-    else:
-        first = data.Loader(train_set, args.batch_seconds, waveforms=True, augment=True, workers=0,
-                            seed=args.seed).epoch(0)
-        count = max(4, math.ceil(200 / args.batch_seconds))
-        batches = [batch.waveforms for _, batch in zip(range(count), first) if batch.ids]
-        if not batches:
-            raise UserError("none of the training audio can be read; python data.py check PATH says why")
-        for teacher in teachers:
-            teacher.standardise(batches)
-    names = [teacher.spec.rstrip("/").rpartition("/")[2] for teacher in teachers]
-    names = names if len(set(names)) == len(names) else [teacher.spec for teacher in teachers]
-    head_dims = tuple(teacher.dim for teacher in teachers)
-    if args.combine != "heads":
-        if len(set(head_dims)) > 1:
-            raise UserError(f"--combine {args.combine} needs teachers of one width, found "
-                            f"{', '.join(map(str, head_dims))}; use --combine heads")
-        head_dims = head_dims[:1]
-    weights = args.weights or [1.0] * len(teachers)
-    if args.combine != "heads":
-        weights = [1.0]
+    teachers, targets = load_teachers(args, device, say)
+    standardise(teachers, args, train_set, this.state)
+    heads = targets if args.combine == "heads" else [Target(args.combine, targets[0].width, 1.0, args.loss[0])]
+    weights = [target.weight for target in targets]
 
     # ---- student
     torch.manual_seed(args.seed)
-    student = model.Student(replace(model.PRESETS[args.size], head_dims=head_dims)).to(device)
-    say(f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, heads {list(head_dims)} "
-        f"({args.combine})")
+    student = model.Student(replace(model.PRESETS[args.size], head_dims=tuple(head.width for head in heads))).to(device)
+    say(f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, heads "
+        f"{', '.join(f'{head.name} {head.width}' for head in heads)}")
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
 
     def compute_loss(batch):
-        total, frames, parts = stage1_loss(student, batch, teacher_targets(teachers, batch.waveforms, args.combine),
-                                           weights)
-        return total, frames, dict(zip(names if args.combine == "heads" else [args.combine], parts))
+        total, frames, parts = stage1_loss(student, batch, teacher_targets(teachers, batch, args.combine, weights),
+                                           [head.weight for head in heads], [head.loss for head in heads])
+        return total, frames, {head.name: part for head, part in zip(heads, parts)}
 
     def evaluate(student):
-        """Mean L1 per teacher on the development audio; 0.8 is what predicting the mean scores on normally distributed
-        targets."""
-        sums, frames = torch.zeros(len(teachers)), torch.zeros(len(teachers))
+        """Mean loss per target on the development audio; for l1, 0.8 is what predicting the mean scores on normally
+        distributed targets."""
+        sums, frames = torch.zeros(len(targets)), 0
         for batch in filter(lambda batch: batch.ids, dev.epoch()):
             hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
-            for k, teacher in enumerate(teachers):
-                target, target_lengths = teacher(batch.waveforms)
-                loss, n = losses.distillation_loss(student.heads[min(k, len(student.heads) - 1)](hidden), target,
-                                                  torch.minimum(lengths, target_lengths))
-                sums[k] += loss.item()
-                frames[k] += n.item()
-        if not frames.all():
+            for k, (target, truth) in enumerate(zip(targets, teacher_targets(teachers, batch))):
+                head = student.heads[min(k, len(heads) - 1)]
+                sums[k] += losses.distillation_loss(head(hidden), truth, lengths, target.loss)[0].item()
+            frames += lengths.sum().item()
+        if not frames:
             raise UserError("none of the --dev audio can be read; python data.py check PATH says why")
-        results = {f"dev {name}": value for name, value in zip(names, (sums / frames).tolist())}
-        return results, sum(results.values())
+        means = (sums / frames).tolist()
+        return ({f"dev {target.name}": mean for target, mean in zip(targets, means)},
+                sum(weight * mean for weight, mean in zip(weights, means)))
 
     extra = {"config": student.config, "stage": 1, "size": args.size,
              "teachers": [teacher.state() for teacher in teachers], "combine": args.combine}

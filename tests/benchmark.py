@@ -59,12 +59,12 @@ def train(repeat, batch_seconds):
     teachers = [pretrain_kd.Teacher(folder, DEVICE, DTYPE) for folder in folders]
     student = model.Student(replace(model.PRESETS["nano"], head_dims=tuple(t.dim for t in teachers))).to(DEVICE)
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
-    listen = lambda: pretrain_kd.teacher_targets(teachers, batch.waveforms, "heads")
+    listen = lambda: pretrain_kd.teacher_targets(teachers, batch)
     targets = listen()
 
     def student_step(targets):
         with running.autocast(DEVICE, DTYPE):
-            total, frames, _ = pretrain_kd.stage1_loss(student, batch, targets, [1.0, 1.0])
+            total, frames, _ = pretrain_kd.stage1_loss(student, batch, targets, [1.0, 1.0], ["l1", "l1"])
         optimizer.zero_grad()
         (total / frames).backward()
 
