@@ -6,13 +6,14 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers as hf
 
 from conftest import ROOT
-from pretrain_kd import Teacher
+from teachers import Teacher
 from run import UserError
 
 SMALL = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
@@ -54,7 +55,7 @@ FAMILIES = {
                                              num_conv_pos_embedding_groups=2)), lambda: wave(False),
             {"1": (640, 360), "last": (320, 200)}, False),
     "whisper": (lambda: hf.WhisperModel(hf.WhisperConfig(**WHISPER)),
-                 lambda: hf.WhisperFeatureExtractor(chunk_length=4), dict.fromkeys(("0", "1", "last"), (320, 160)), True),
+                lambda: hf.WhisperFeatureExtractor(chunk_length=4), dict.fromkeys(("0", "1", "last"), (320, 160)), True),
     "moonshine": (lambda: hf.MoonshineModel(hf.MoonshineConfig(**MOONSHINE)), lambda: wave(True, False),
                   {"0": (384, 447.5), "last": (384, 447.5)}, False),
     "parakeet": (lambda: hf.ParakeetForCTC(hf.ParakeetCTCConfig(vocab_size=9, pad_token_id=8, encoder_config=PARAKEET)),
@@ -249,40 +250,39 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def try_teachers(*names, before="", **environment):
-    """Each loaded in one fresh process -> what each said."""
-    code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
-import pretrain_kd
+def test_hub_models_say_what_to_do_and_folders_need_no_network(folder, tmp_path):
+    """In a fresh process that may go to the network: folders don't, and a gated or missing name is explained."""
+    code = f"""import socket, sys; sys.path.insert(0, {str(ROOT)!r})
+connect = socket.socket.connect
+socket.socket.connect = lambda self, address: print("NETWORK", address) or connect(self, address)
+from teachers import Teacher
 for name in sys.argv[1:]:
     try:
-        print(pretrain_kd.Teacher(name))
-    except pretrain_kd.UserError as error:
+        print(Teacher(name))
+    except ValueError as error:
         print(error)"""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    done = subprocess.run([sys.executable, "-c", before + code, *names], text=True, capture_output=True, timeout=100,
-                          env={**inherited, "OMP_NUM_THREADS": "1", **environment})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()
-
-
-def test_gated_and_missing_models_say_what_to_do(folder, tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    local, gated, none = try_teachers(folder("hubert-base"), "owner/gated", "owner/none", HF_HOME=str(tmp_path),
-                                      HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path),
+                    "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    folders = [folder(family) for family in ("hubert-base", "whisper", "moonshine", "parakeet")]
+    done = subprocess.run([sys.executable, "-c", code, *folders, "owner/gated", "owner/none"], text=True, timeout=100,
+                          capture_output=True, env=environment)
     server.shutdown()
-    assert "HubertModel" in local and not any("hubert" in path for path in Hub.asked)
-    assert "HF_TOKEN" in gated and "hf auth login" in gated and "the hub has no such model" in none, (gated, none)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout.splitlines()
+    assert all(line.startswith(name) for name, line in zip(folders, said)) and "NETWORK" in said[len(folders)]
+    gated, none = [line for line in said[len(folders):] if "NETWORK" not in line]
+    assert "HF_TOKEN" in gated and "hf auth login" in gated and "the hub has no such model" in none
 
 
-def test_no_network_call_for_folders_or_when_offline(folder, tmp_path):
-    blocked = """import socket
-def refuse(*args, **kwargs):
-    print("NETWORK", args[1:]); raise OSError("blocked")
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-"""
-    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
-        names = [folder("hubert-base"), folder("whisper"), folder("moonshine")] + ["owner/none"] * bool(environment)
-        said = try_teachers(*names, before=blocked, HF_HOME=str(tmp_path), **environment)
-        assert len(said) == len(names) and not any("NETWORK" in line for line in said), said
-    assert "hf download owner/none" in said[-1]
+def test_no_network_call_when_offline(folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"a network call: {args}")
+    for name in ("socket.connect", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(f"socket.{name}", refuse)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE  # conftest.py sets it
+    Teacher(folder("whisper"))
+    with pytest.raises(UserError, match="hf download owner/none"):
+        Teacher("owner/none")
