@@ -137,6 +137,10 @@ class Teacher:
         self.batched = all(a.shape == b.shape and bool((a - b).norm() < 1e-3 * a.norm())
                            for a, b in zip(alone, self._listen(noise)[0]))
         self.dtype = dtype
+        # autocast would cast frozen weights anew in every call
+        for module in self.encoder.modules() if dtype != torch.float32 else []:
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)):
+                module.to(dtype)
 
     def __str__(self):
         rates = ", ".join(dict.fromkeys(f"{clock.rate:.4g} Hz" for clock in self.clocks))

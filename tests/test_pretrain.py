@@ -318,7 +318,8 @@ def test_what_a_cache_refuses(arguments, cached, tmp_path, monkeypatch, capsys):
 def test_two_processes_fill_one_cache(arguments, cached, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*torchrun, Path(pretrain_kd.__file__), *arguments, "--steps", "1", "--out", tmp_path / "out",
-                           "--cache", tmp_path / "cache"], text=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           "--cache", tmp_path / "cache"], text=True, capture_output=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     parts = [len(p.read_text().splitlines()) - 1 for p in sorted((tmp_path / "cache").glob("hubert*.jsonl"))]
     assert len(parts) == 2 and min(parts) > 5 and sum(parts) == 6 * 3 + 3
