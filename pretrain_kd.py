@@ -63,6 +63,23 @@ def stage1_loss(student, batch, targets, weights, kinds):
     return sum(w * part for w, part in zip(weights, parts)) * lengths.sum(), lengths.sum(), parts
 
 
+def mean_losses(student, teachers, targets, loader):
+    """-> {name of a target: mean loss over the loader's frames}; one head for all is measured against each. For l1, 0.8
+    is what predicting the mean scores on normally distributed targets."""
+    sums, frames, device = torch.zeros(len(targets)), 0, next(student.parameters()).device
+    for batch in filter(lambda batch: batch.ids, loader.epoch()):
+        hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
+        for k, (target, truth) in enumerate(zip(targets, teacher_targets(teachers, batch))):
+            head = student.heads[min(k, len(student.heads) - 1)]
+            sums[k] += losses.distillation_loss(head(hidden), truth, lengths, target.loss)[0].item()
+        frames += lengths.sum().item()
+    if not frames:
+        raise UserError("none of the --dev audio can be read; python data.py check PATH says why")
+    return {target.name: mean for target, mean in zip(targets, (sums / frames).tolist())}
+
+
+# ---------------------------------------------------------------------------- what the user asked for
+
 def options(argv):
     """What the user asked for; a UserError where it does not fit together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,49 +165,67 @@ def standardise(teachers, loader, state):
                              teacher.embed(batch.waveforms) for batch in batches])
 
 
-def fill_caches(args, teachers, sets, say, rank, world):
-    """--cache: embed what is not there yet of `sets`, pairs of (utterances, speeds); an interrupted filling goes on.
-    -> a Cache for each teacher. Raises UserError if the disk has no room for the size that is printed first."""
-    folder = args.cache
-    folder.mkdir(parents=True, exist_ok=True)
-    caches = [Cache(folder, teacher, f"{teacher.title}-{','.join(teacher.layers)}", rank) for teacher in teachers]
-    work = [(speed, [u for u in utterances if not all(cache.row(u, speed) for cache in caches)])
-            for utterances, speeds in sets for speed in speeds]
-    size = lambda cache, u, speed: 2 * cache.dim * student_frames(round(u.seconds / speed * data.SAMPLE_RATE))
-    sizes = {cache.name: sum(size(cache, u, speed) for speed, missing in work for u in missing
-                             if not cache.row(u, speed)) for cache in caches}
-    needed, free = sum(sizes.values()), shutil.disk_usage(folder).free
+# ---------------------------------------------------------------------------- the cache
+
+def remember(args, teachers, train_set, dev_set, say, rank, world):
+    """--cache: let the teachers embed what is not on disk yet; then they may go. -> (a Cache for each, the utterances
+    of both sets that all of them know). Raises UserError if the disk has no room for the size that is printed first."""
+    folder, everything = args.cache, [(u, s) for u in train_set for s in args.speeds] + [(u, 1.0) for u in dev_set]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        caches = [Cache(folder, teacher, f"{teacher.title}-{','.join(teacher.layers)}", rank) for teacher in teachers]
+        missing = [(u, s) for u, s in everything if not all(cache.row(u, s) for cache in caches)]
+        frames = lambda u, s: student_frames(round(u.seconds / s * data.SAMPLE_RATE))
+        size = [sum(2 * cache.dim * frames(u, s) for u, s in missing if not cache.row(u, s)) / 1e9 for cache in caches]
+        free = shutil.disk_usage(folder).free / 1e9
+        if missing:
+            say(f"cache {folder}: {sum(size):.3g} GB to write ("
+                f"{', '.join(f'{cache.name} {gb:.3g}' for cache, gb in zip(caches, size))}), {free:.3g} GB free")
+        if rank == 0 and sum(size) > free:
+            raise UserError(f"--cache {folder} has {free:.3g} GB free, {sum(size):.3g} GB are needed; choose another "
+                            f"disk, fewer --speeds or teachers")
+        together()  # nobody writes while others still look at what is missing
+        if missing:
+            fill(caches, teachers, missing, args, rank, world)
+        together()
+        for cache in caches:
+            cache.read()
+    except OSError as error:
+        raise UserError(f"cannot write --cache {folder} ({error.strerror}); what is there is intact: free some space "
+                        f"or choose another folder, and run the same command again")
+    unknown = {u.path for u, s in everything if not all(cache.row(u, s) for cache in caches)}  # (unreadable)
+    for teacher in teachers:
+        teacher.encoder = None  # its memory is the student's now
+    return caches, *([u for u in some if u.path not in unknown] for some in (train_set, dev_set))
+
+
+def together():
     if dist.is_initialized():
-        dist.barrier()  # nobody writes while others still look at what is missing
-    if not needed:
-        return caches
-    say(f"cache {folder}: {needed / 1e9:.3g} GB to write ("
-        f"{', '.join(f'{name} {size / 1e9:.3g}' for name, size in sizes.items())}), {free / 1e9:.3g} GB free")
-    if rank == 0 and needed > free:
-        raise UserError(f"--cache {folder} has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed; choose "
-                        f"another disk, fewer --speeds or teachers")
+        dist.barrier()
+
+
+def fill(caches, teachers, missing, args, rank, world):
+    """Append this process's share of `missing`, pairs of an utterance and a speed, to the caches that lack them."""
     for cache in caches:
         cache.open()
-    with tqdm(total=round(sum(u.seconds for _, missing in work for u in missing) / world), unit="s", desc="caching",
-              disable=rank > 0, dynamic_ncols=True) as bar:
-        for speed, missing in work:
-            loader = data.Loader(missing, args.batch_seconds, waveforms=True, speeds=(speed,), workers=args.workers,
-                                 rank=rank, world=world)
-            known = {u.id: u for u in missing}
+    with tqdm(total=round(sum(u.seconds for u, _ in missing) / world), unit="s", desc="caching", disable=rank > 0,
+              dynamic_ncols=True) as bar:
+        for speed in sorted({speed for _, speed in missing}):
+            known = {u.path: u for u, s in missing if s == speed}
+            loader = data.Loader([replace(u, id=path) for path, u in known.items()], args.batch_seconds, waveforms=True,
+                                 speeds=(speed,), workers=args.workers, rank=rank, world=world)
             for batch in loader.epoch():
                 for problem in batch.failed:
                     tqdm.write(f"skipped: {problem}", file=sys.stderr)
                 for cache, teacher in zip(caches, teachers):
-                    new = [(known[id], wave) for id, wave in zip(batch.ids, batch.waveforms or [])
-                           if not cache.row(known[id], speed)]
+                    new = [(known[path], waveform) for path, waveform in zip(batch.ids, batch.waveforms or [])
+                           if not cache.row(known[path], speed)]
                     if new:
-                        cache.append([u for u, _ in new], speed, *teacher.embed([wave for _, wave in new]))
-                bar.update(round(sum(known[id].seconds for id in batch.ids)))
-    if dist.is_initialized():
-        dist.barrier()
+                        utterances, waveforms = zip(*new)
+                        cache.append(utterances, speed, *teacher.embed(waveforms))
+                bar.update(round(sum(known[path].seconds for path in batch.ids)))
     for cache in caches:
         cache.close()
-    return caches
 
 
 # ---------------------------------------------------------------------------- is it a teacher at all?
@@ -233,7 +268,10 @@ def probe_batches(args, say):
         some = [some[i] for i in torch.randperm(len(some), generator=torch.Generator().manual_seed(0))]
         count = 1 + bisect.bisect(list(itertools.accumulate(u.seconds for u in some)), seconds)
         parts.append(list(data.Loader(some[:count], args.batch_seconds, waveforms=True).epoch()))
-    return [[batch for batch in part if batch.ids] for part in parts]
+    parts = [[batch for batch in part if batch.ids] for part in parts]
+    if not all(parts):
+        raise UserError("none of the audio can be read; python data.py check PATH says why")
+    return parts
 
 
 def probe(args, device, say):
@@ -289,15 +327,7 @@ def main(argv=None):
     teachers, targets = load_teachers(args, device, say)
     caches = []
     if args.cache:
-        try:
-            caches = fill_caches(args, teachers, [(train_set, args.speeds), (dev_set, [1.0])], say, rank, world)
-        except OSError as error:
-            raise UserError(f"cannot write --cache {args.cache} ({error.strerror}); what is there is intact: free some "
-                            f"space or choose another folder, and run the same command again")
-        train_set = [u for u in train_set if all(cache.row(u, speed) for cache in caches for speed in args.speeds)]
-        dev_set = [u for u in dev_set if all(cache.row(u, 1.0) for cache in caches)]
-        for teacher in teachers:
-            teacher.encoder = None  # its memory is the student's now
+        caches, train_set, dev_set = remember(args, teachers, train_set, dev_set, say, rank, world)
     heard = {"caches": caches} if caches else {"waveforms": True}
     loader = data.Loader(train_set, args.batch_seconds, augment=True, speeds=args.speeds, workers=args.workers,
                          seed=args.seed, rank=rank, world=world, **heard)
@@ -319,20 +349,8 @@ def main(argv=None):
         return total, frames, {head.name: part for head, part in zip(heads, parts)}
 
     def evaluate(student):
-        """Mean loss per target on the development audio; for l1, 0.8 is what predicting the mean scores on normally
-        distributed targets."""
-        sums, frames = torch.zeros(len(targets)), 0
-        for batch in filter(lambda batch: batch.ids, dev.epoch()):
-            hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
-            for k, (target, truth) in enumerate(zip(targets, teacher_targets(teachers, batch))):
-                head = student.heads[min(k, len(heads) - 1)]
-                sums[k] += losses.distillation_loss(head(hidden), truth, lengths, target.loss)[0].item()
-            frames += lengths.sum().item()
-        if not frames:
-            raise UserError("none of the --dev audio can be read; python data.py check PATH says why")
-        means = (sums / frames).tolist()
-        return ({f"dev {target.name}": mean for target, mean in zip(targets, means)},
-                sum(weight * mean for weight, mean in zip(weights, means)))
+        means = mean_losses(student, teachers, targets, dev)
+        return {f"dev {name}": mean for name, mean in means.items()}, sum(t.weight * means[t.name] for t in targets)
 
     extra = {"config": student.config, "stage": 1, "size": args.size,
              "teachers": [teacher.state() for teacher in teachers], "combine": args.combine}

@@ -366,7 +366,6 @@ class Cache:
     def close(self):
         for file in self.files:
             file.close()
-        self.read()
 
 
 def audio_key(utterance):

@@ -96,6 +96,7 @@ def teacher(repeat, batch_seconds, specs):
                 for u in (utterances[i] for i in indices):
                     caches[-1].append([u], speed, *one.embed([data._speed(speed)(data.load_audio(u.path))[0]]))
             caches[-1].close()
+            caches[-1].read()
         loaders.append(data.Loader(utterances, batch_seconds, augment=True, speeds=speeds, caches=caches))
         live, from_cache = (data._Dataset(loader, 0) for loader in loaders)
         widths = tuple(width for one in teachers for width in one.widths)

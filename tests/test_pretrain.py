@@ -390,5 +390,6 @@ def test_a_real_teacher_of_the_lab(loud_lab, tmp_path):
     cache.open()
     cache.append(utterances, 1.0, embeddings, lengths)
     cache.close()
+    cache.read()
     for u, e in zip(utterances, embeddings):
         assert (cache(u, 1.0) - e).norm() < 1e-3 * e.norm()
