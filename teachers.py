@@ -64,15 +64,16 @@ def load_encoder(name):
 def why_not_loaded(name, local, error):
     """The cause in the user's words, and the cure."""
     text = str(error).strip() or type(error).__name__
-    if "gated repo" in text or "401 Client Error" in text:
-        return (f"its owner grants access on request: ask at https://huggingface.co/{name}, then log in with `hf auth "
-                f"login` or set HF_TOKEN")
     if local:
         return f"{text.splitlines()[0]} - the folder must hold what `hf download` or save_pretrained leaves there"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return "no such folder"
     if "not a valid model identifier" in text:
-        return "the hub has no such model; give owner/name as https://huggingface.co spells it, or a folder"
+        return ("the hub has no such model; give owner/name as https://huggingface.co spells it, or a folder (if it is "
+                "private: set HF_TOKEN or log in with `hf auth login`)")
+    if "gated repo" in text or "401 Client Error" in text:
+        return (f"its owner grants access on request: ask at https://huggingface.co/{name}, then set HF_TOKEN or log "
+                f"in with `hf auth login`")
     if "connect" in text or "offline" in text:
         return (f"not on this machine and the hub cannot be asked (HF_HUB_OFFLINE or no network); where there is one: "
                 f"hf download {name}   (kept in HF_HOME)")
@@ -203,10 +204,13 @@ class Teacher:
         """list of (S,) -> for each utterance the frames of its layers, (n, D) at the teacher's own rates, float32."""
         pieces = [w.split(self.window or len(w)) for w in waveforms]  # longer than a window: each window as if alone
         every = [p for ps in pieces for p in ps]
-        rows = iter([[states[b, :clock.frames(len(p))] for states, clock in zip(layers, self.clocks)]
-                     for group in ([every] if self.batched else [[p] for p in every])
-                     for layers in [self._encode(group)] for b, p in enumerate(group)])
-        return [[torch.cat(layer) for layer in zip(*(next(rows) for _ in ps))] for ps in pieces]
+        heard = []
+        for group in [every] if self.batched else [[p] for p in every]:
+            layers = self._encode(group)
+            heard += [[states[b, :clock.frames(len(p))] for states, clock in zip(layers, self.clocks)]
+                      for b, p in enumerate(group)]
+        heard = iter(heard)
+        return [[torch.cat(layer) for layer in zip(*(next(heard) for _ in ps))] for ps in pieces]
 
     def _encode(self, waveforms):
         """list of (S,) -> for each layer asked for its states (B, n, D), padded, float32"""
