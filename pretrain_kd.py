@@ -6,7 +6,7 @@
         --size small --steps 60000 --batch-seconds 400 --out exp/pretrain-100h                       # one GPU
     torchrun --nproc_per_node 8 pretrain_kd.py ...            # eight GPUs, the same arguments
     python pretrain_kd.py --probe --data ... --teachers ...   # is it a teacher at all? about a minute each
-    python pretrain_kd.py --cache DIR ...                   # listen once; afterwards a step costs what the student costs
+    python pretrain_kd.py --cache DIR ...                   # listen once; then a step costs what the student costs
 
     p_k = Linear_k(h),   L = sum_k w_k * mean |p_k - e_k|     # arXiv 2303.10917; e_k standardised, see Teacher
 """
