@@ -307,6 +307,7 @@ class Batch:
     seconds: float                         # of audio, without padding
     texts: list | None = None
     failed: tuple = ()                     # (path, why) of files that could not be read
+    embeddings: list | None = None         # of (B, T, dim) float16, one per cache
 
     def to(self, device):
         move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
@@ -321,10 +322,11 @@ class Loader:
     """
 
     def __init__(self, utterances, batch_seconds, tokenizer=None, waveforms=False, augment=False, speeds=(1.0,),
-                 workers=0, seed=0, rank=0, world=1):
+                 workers=0, seed=0, rank=0, world=1, caches=()):
         self.utterances, self.batch_seconds, self.tokenizer = utterances, batch_seconds, tokenizer
         self.waveforms, self.augment, self.speeds = waveforms, augment, speeds
         self.workers, self.seed, self.rank, self.world = workers, seed, rank, world
+        self.caches = caches  # each a function of (utterance, speed) -> (T, dim): what a teacher once said
 
     def batches(self, number):
         """Lists of utterances of this process. In training shuffled anew each epoch; lengths are jittered so that
@@ -364,7 +366,8 @@ class _Dataset(torch.utils.data.Dataset):
         self.loader, self.number = loader, number
 
     def __getitem__(self, indices):
-        loader, waves, features, kept, failed = self.loader, [], [], [], []
+        loader, waves, features, kept, failed, speed = self.loader, [], [], [], [], 1.0
+        embeddings = [[] for _ in loader.caches]
         queue = list(indices)
         while queue:
             i = queue.pop(0)
@@ -380,11 +383,14 @@ class _Dataset(torch.utils.data.Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(mix(loader.seed, self.number, i))
                 if tuple(loader.speeds) != (1.0,):
-                    waveform = _speed(loader.speeds[torch.randint(len(loader.speeds), ()).item()])(waveform)[0]
+                    speed = loader.speeds[torch.randint(len(loader.speeds), ()).item()]
+                    waveform = _speed(speed)(waveform)[0]
                 mel = log_mel(waveform)
                 waves.append(waveform)
                 features.append(spec_augment(mel) if loader.augment else mel)
                 kept.append(u)
+                for rows, cache in zip(embeddings, loader.caches):
+                    rows.append(cache(u, speed))
         if not kept:
             return Batch([], torch.zeros(0, 0, 80), torch.zeros(0), None, None, None, None, 0.0, [],
                          tuple(failed))
@@ -397,7 +403,8 @@ class _Dataset(torch.utils.data.Dataset):
                      torch.tensor([len(f) for f in features]),
                      waves if loader.waveforms else None, targets, target_lengths,
                      torch.tensor([u.weight for u in kept]), sum(map(len, waves)) / SAMPLE_RATE,
-                     [u.text for u in kept], tuple(failed))
+                     [u.text for u in kept], tuple(failed),
+                     [pad_sequence(rows, batch_first=True) for rows in embeddings] or None)
 
 
 # ---------------------------------------------------------------------------- python data.py download | check

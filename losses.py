@@ -32,9 +32,17 @@ def valid_mask(lengths, size):
 
 # ---------------------------------------------------------------------------- stage 1: embeddings
 
-def distillation_loss(prediction, target, lengths):
-    """Stage 1: L = sum over valid frames of mean over dims |p - e|   (arXiv 2303.10917; divide by the frame count for
-    the mean).
+DISTANCES = {                                                                          # (B, T, D), (B, T, D) -> (B, T)
+    "l1": lambda p, e: (p - e).abs().mean(-1),
+    "l2": lambda p, e: (p - e).square().mean(-1),
+    "cosine": lambda p, e: 1 - F.cosine_similarity(p, e, dim=-1),
+    "l1+cosine": lambda p, e: DISTANCES["l1"](p, e) + DISTANCES["cosine"](p, e),
+}
+
+
+def distillation_loss(prediction, target, lengths, kind="l1"):
+    """Stage 1: sum over valid frames of mean over dims |p - e| (arXiv 2303.10917), or of another of DISTANCES; divide by
+    the frame count for the mean.
 
     prediction (B, T, D), target (B, T', D) of a teacher, lengths (B,) valid frames -> (loss, count of frames).
     Two clocks may differ by a frame or two at the end: both are cut to the shorter; more than two is an alignment
@@ -45,7 +53,7 @@ def distillation_loss(prediction, target, lengths):
                          f"at most 2")
     T = min(prediction.shape[1], target.shape[1])
     lengths = lengths.clamp(max=T)
-    error = (prediction[:, :T] - target[:, :T]).abs().mean(dim=-1)                     # (B, T)
+    error = DISTANCES[kind](prediction[:, :T], target[:, :T])                          # (B, T)
     return (error * valid_mask(lengths, T)).sum(), lengths.sum()
 
 

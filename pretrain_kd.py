@@ -5,210 +5,102 @@
         --teachers microsoft/wavlm-base-plus facebook/hubert-base-ls960:9 openai/whisper-base \\
         --size small --steps 60000 --batch-seconds 400 --out exp/pretrain-100h                       # one GPU
     torchrun --nproc_per_node 8 pretrain_kd.py ...            # eight GPUs, the same arguments
+    python pretrain_kd.py --probe --data ... --teachers ...   # is it a teacher at all? about a minute each
+    python pretrain_kd.py --cache DIR ...                   # listen once; then a step costs what the student costs
 
     p_k = Linear_k(h),   L = sum_k w_k * mean |p_k - e_k|     # arXiv 2303.10917; e_k standardised, see Teacher
 """
 import argparse
+import bisect
+import itertools
 import math
+import shutil
 import sys
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 import data
 import losses
 import model
 import run as running
+from decode import Errors, word_errors
 from run import DEMO, UserError
+from teachers import Cache, Teacher, student_frames
 
-STUDENT_RATE = 25                       # frames per second
-
-
-# ---------------------------------------------------------------------------- teachers
-
-class Teacher:
-    """A frozen Hugging Face audio encoder: Teacher("name-or-folder[:layer]")(waveforms) -> embeddings at the student's
-    25 Hz.
-
-    layer: "last" (default) or the number of a hidden layer, 0 being what enters the first one.
-    dim: width of an embedding. A teacher of 50 Hz gives its frames 2t and 2t+1 side by side for student frame t, so
-    dim is 2D; other rates (Moonshine: 41.7 Hz) are first interpolated linearly to the nearest multiple of 25 Hz.
-    mean, std (dim,): set by `standardise`, else 0 and 1.
-    One law: the embedding of an utterance does not depend on its batch. Some architectures break it when padded (group
-    norm before the first layer sees the padding), so we measure it at the start: those listen to one at a time.
-    """
-
-    def __init__(self, name, device="cpu", dtype=torch.float32):
-        self.spec, self.device, self.dtype = name, torch.device(device), dtype
-        self.name, _, layer = name.rpartition(":") if ":" in name and not Path(name).exists() else (name, "", "last")
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
-            config = AutoConfig.from_pretrained(self.name)
-            self.extractor = AutoFeatureExtractor.from_pretrained(self.name)
-            encoder = AutoModel.from_pretrained(self.name, dtype=torch.float32)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"teacher {self.name}: {str(error).strip().splitlines()[0]} - give a folder or a hub name "
-                            f"of a speech model with a feature extractor (hf "
-                            f"download {self.name} fetches one; afterwards HF_HUB_OFFLINE=1 "
-                            f"stays off the network)")
-        if config.is_encoder_decoder:
-            encoder = encoder.get_encoder()
-        self.encoder = encoder.to(self.device).eval().requires_grad_(False)
-        if not hasattr(self.extractor, "sampling_rate") or self.extractor.sampling_rate != data.SAMPLE_RATE:
-            raise UserError(f"teacher {self.name}: not a speech model that listens at {data.SAMPLE_RATE} Hz")
-        self.batched = True
-        self.window = getattr(self.extractor, "n_samples", None)  # Whisper: every input has this length
-        self.layer = layer
-        names = "encoder_layers", "encoder_num_hidden_layers", "num_hidden_layers"  # the families' words for the same
-        layers = next(n for n in (getattr(config, name, None) for name in names) if n)
-        if layer != "last" and not (layer.isdigit() and int(layer) <= layers):
-            raise UserError(f"teacher {self.name} has no layer {layer!r}; choose {self.name}:last or {self.name}:0 to "
-                            f"{self.name}:{layers}")
-
-        # ---- frame rate and width, measured; 3.84 s is a whole number of frames at every rate in use
-        short, long = self._listen([torch.zeros(16_000)])[0], self._listen([torch.zeros(16_000 + 61_440)])[0]
-        self.rate = (len(long) - len(short)) / 3.84
-        self.stack = max(1, round(self.rate / STUDENT_RATE))
-        self.dim = self.stack * short.shape[1]
-        self.mean, self.std = torch.zeros(self.dim, device=self.device), torch.ones(self.dim, device=self.device)
-
-        # ---- does padding change an embedding?
-        noise = [0.1 * torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (16_000, 28_000)]
-        self.dtype = torch.float32
-        together, alone = self._listen(noise)[0], self._listen(noise[:1])[0]
-        self.batched = len(together) == len(alone) and bool((together - alone).norm() < 1e-3 * alone.norm())
-        self.dtype = dtype
-
-    def __str__(self):
-        million = sum(p.numel() for p in self.encoder.parameters()) / 1e6
-        return (f"{self.spec}: {type(self.encoder).__name__}, {million:.1f} M parameters, {self.rate:.4g} Hz, layer "
-                f"{self.layer}, "
-                f"target {self.dim} wide, "
-                f"{'in batches' if self.batched else 'one utterance at a time (padding would change it)'}")
-
-    @torch.no_grad()
-    def __call__(self, waveforms, lengths=None):
-        """waveforms: list of (S,) at 16 kHz, or (B, S) padded with lengths (B,) -> standardised embeddings (B, T, dim),
-        lengths (B,) at 25 Hz."""
-        if lengths is not None:
-            waveforms = [w[:n] for w, n in zip(waveforms, lengths.tolist())]
-        embeddings = [align(e, self.rate, self.stack) for e in self._listen([w.cpu() for w in waveforms])]
-        lengths = torch.tensor([len(e) for e in embeddings], device=self.device)
-        return (torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True) - self.mean) / self.std, lengths
-
-    @torch.no_grad()
-    def _listen(self, waveforms):
-        """list of (S,) -> list of (T, D), at the teacher's own frame rate, float32."""
-        if self.window:  # longer than the window: in pieces, each padded to the window, its frames cut to the audio
-            pieces = [w.split(self.window) for w in waveforms]
-            inputs = self.extractor([p.numpy() for ps in pieces for p in ps], sampling_rate=data.SAMPLE_RATE,
-                                    return_tensors="pt")
-            frames = self._encode(inputs)
-            size = self.window // frames.shape[1]  # samples per frame
-            frames = iter(frames)
-            return [torch.cat([next(frames)[:max(1, len(p) // size)] for p in ps]) for ps in pieces]
-        out = []
-        for group in [waveforms] if self.batched else [[w] for w in waveforms]:
-            inputs = self.extractor([w.numpy() for w in group], sampling_rate=data.SAMPLE_RATE, return_tensors="pt",
-                                    padding=True)
-            frames = self._encode(inputs)
-            out += [e[:self._frames(len(w), frames.shape[1], max(map(len, group)))] for w, e in zip(group, frames)]
-        return out
-
-    def _encode(self, inputs):
-        with running.autocast(self.device, self.dtype):
-            out = self.encoder(**inputs.to(self.device), output_hidden_states=self.layer != "last")
-        return (out.last_hidden_state if self.layer == "last" else out.hidden_states[int(self.layer)]).float()
-
-    def _frames(self, samples, frames, longest):
-        """Frames that belong to an utterance of `samples` in a batch whose longest one has `longest` samples and
-        `frames` frames."""
-        if samples == longest:
-            return frames
-        if hasattr(self.encoder, "_get_feat_extract_output_lengths"):
-            return int(self.encoder._get_feat_extract_output_lengths(torch.tensor(samples)))
-        return max(1, frames * samples // longest)
-
-    @torch.no_grad()
-    def standardise(self, batches):
-        """Set mean and std per dimension from the first batches: teachers of different scale then weigh alike in an L1.
-        [ours]"""
-        count, total, squares = 0, 0.0, 0.0
-        for waveforms in batches:
-            e, lengths = self(waveforms)
-            # float64 on the CPU: MPS has none
-            frames = (e * self.std + self.mean)[losses.valid_mask(lengths, e.shape[1])].cpu().double()
-            count, total, squares = count + len(frames), total + frames.sum(0), squares + (frames ** 2).sum(0)
-        mean = total / count
-        self.mean = mean.float().to(self.device)
-        self.std = (squares / count - mean ** 2).clamp(min=1e-10).sqrt().float().to(self.device)
-
-    def state(self):
-        """What a checkpoint says about a teacher."""
-        return {"spec": self.spec, "rate": self.rate, "dim": self.dim, "mean": self.mean.cpu(), "std": self.std.cpu()}
-
-
-def align(embedding, rate, stack):
-    """(T_e, D) at `rate` Hz -> (T, stack * D) at 25 Hz: target t is made of the teacher frames within [40 t, 40 t + 40)
-    ms.
-
-    Where rate is not stack * 25 Hz, it is interpolated linearly first, frame centres on frame centres.
-    """
-    if abs(rate - stack * STUDENT_RATE) > 0.01:
-        scale = stack * STUDENT_RATE / rate
-        embedding = F.interpolate(embedding.T[None], scale_factor=scale, mode="linear")[0].T
-    T, D = math.ceil(len(embedding) / stack), embedding.shape[1]
-    last = embedding[-1:].expand(T * stack - len(embedding), D)  # half a pair at the end: its last frame twice
-    return torch.cat([embedding, last]).reshape(T, stack * D)
+PROBE_SECONDS = 480, 120                # of transcribed audio that a probe learns from and is scored on
 
 
 # ---------------------------------------------------------------------------- the method
 
-def teacher_targets(teachers, waveforms, combine):
-    """What each projection head has to predict: list of (embeddings (B, T, D), lengths (B,)), one per head.
+def teacher_targets(teachers, batch, combine="heads", weights=None):
+    """What each projection head has to predict: list of (B, T, D), one per head. Each layer of a teacher is a target.
 
-    heads: a head for each teacher.   average: one head, the mean of the teachers' standardised embeddings.
-    random: one head, a teacher drawn for each utterance.
+    heads: a head for each target.   average: one head, the weighted mean of the targets, standardised as they are.
+    random: one head, for each utterance one of the targets, drawn by weight.
     """
-    if combine == "random":
-        drawn = torch.randint(len(teachers), (len(waveforms),)).tolist()
-        rows = [teachers[k]([w]) for k, w in zip(drawn, waveforms)]
-        return [(torch.nn.utils.rnn.pad_sequence([e[0] for e, _ in rows], batch_first=True),
-                 torch.cat([n for _, n in rows]))]
-    targets = [teacher(waveforms) for teacher in teachers]
+    heard = batch.embeddings or [teacher.embed(batch.waveforms)[0] for teacher in teachers]
+    targets = [target for teacher, embeddings in zip(teachers, heard)
+               for target in teacher.standardised(embeddings).split(teacher.widths, dim=-1)]
+    if combine == "heads":
+        return targets
+    targets, weights = torch.stack(targets), torch.tensor(weights)                                   # (K, B, T, D)
     if combine == "average":
-        T = min(e.shape[1] for e, _ in targets)
-        return [(torch.stack([e[:, :T] for e, _ in targets]).mean(0), torch.stack([n for _, n in targets]).amin(0))]
-    return targets
+        return [torch.einsum("k, kbtd -> btd", (weights / weights.sum()).to(targets), targets)]
+    drawn = torch.multinomial(weights, targets.shape[1], replacement=True)
+    return [targets[drawn, torch.arange(len(drawn))]]
 
 
-def stage1_loss(student, batch, targets, weights):
-    """L = sum_k w_k * mean |p_k - e_k|   -> (L times the student's frames, frames, the mean L1 of each head)"""
+def stage1_loss(student, batch, targets, weights, kinds):
+    """L = sum_k w_k * mean |p_k - e_k|, or another kind -> (L times the student's frames, frames, mean of each head)"""
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
-    parts = []
-    for head, (target, target_lengths) in zip(student.heads, targets):
-        loss, frames = losses.distillation_loss(head(hidden).float(), target, torch.minimum(lengths, target_lengths))
-        parts.append(loss / frames)
+    parts = [losses.distillation_loss(head(hidden).float(), target, lengths, kind)[0] / lengths.sum()
+             for head, target, kind in zip(student.heads, targets, kinds)]
     return sum(w * part for w, part in zip(weights, parts)) * lengths.sum(), lengths.sum(), parts
 
 
-@running.polite
-def main(argv=None):
+def mean_losses(student, teachers, targets, loader):
+    """-> {name of a target: mean loss over the loader's frames}; one head for all is measured against each. For l1, 0.8
+    is what predicting the mean scores on normally distributed targets."""
+    sums, frames, device = torch.zeros(len(targets)), 0, next(student.parameters()).device
+    for batch in filter(lambda batch: batch.ids, loader.epoch()):
+        hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
+        for k, (target, truth) in enumerate(zip(targets, teacher_targets(teachers, batch))):
+            head = student.heads[min(k, len(student.heads) - 1)]
+            sums[k] += losses.distillation_loss(head(hidden), truth, lengths, target.loss)[0].item()
+        frames += lengths.sum().item()
+    if not frames:
+        raise UserError("none of the --dev audio can be read; python data.py check PATH says why")
+    return {target.name: mean for target, mean in zip(targets, (sums / frames).tolist())}
+
+
+# ---------------------------------------------------------------------------- what the user asked for
+
+def options(argv):
+    """What the user asked for; a UserError where it does not fit together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_source_options(parser)
     group = parser.add_argument_group("teachers and student")
-    group.add_argument("--teachers", nargs="+", metavar="NAME[:LAYER]",
+    group.add_argument("--teachers", nargs="+", metavar="NAME[:LAYER,...]",
                        default=[str(DEMO / "teachers/hubert"), str(DEMO / "teachers/whisper")],
-                       help="frozen teachers: Hugging Face hub names or folders, with the number of a hidden layer or "
+                       help="frozen teachers: Hugging Face hub names or folders, with one or more hidden layers or "
                             "'last' (default: the demo's two)")
     group.add_argument("--weights", nargs="+", type=float, metavar="W",
-                       help="weight of each teacher's loss (default: 1 each)")
+                       help="weight of each teacher, shared by its layers (default: 1 each)")
+    group.add_argument("--loss", nargs="+", choices=list(losses.DISTANCES), default=["l1"],
+                       help="distance to the teachers, one for all or one for each (default l1)")
+    group.add_argument("--cache", type=Path, metavar="DIR",
+                       help="keep the teachers' embeddings there (float16; the size is printed first) and train from "
+                            "them: from the second epoch on a step costs what the student costs")
+    group.add_argument("--probe", action="store_true",
+                       help="train nothing; say what the teachers are, how fast, and how well a linear layer reads "
+                            "transcripts off their embeddings (about a minute each)")
     group.add_argument("--combine", choices=["heads", "average", "random"], default="heads",
                        help="a head per teacher; or one head for the "
                        "teachers' average; or one head and a random teacher per utterance (default %(default)s)")
@@ -219,82 +111,248 @@ def main(argv=None):
     running.add_training_options(parser, out="exp/pretrain", steps=1050)
     args = parser.parse_args(argv)
     running.check_training_options(args)
-    if args.weights and len(args.weights) != len(args.teachers):
-        raise UserError(f"--weights needs one number per teacher: {len(args.teachers)}, found {len(args.weights)}")
+    for name, found, few in (("--weights", args.weights, [len(args.teachers)]),
+                             ("--loss", args.loss, [1, len(args.teachers)])):
+        if found and len(found) not in few:
+            raise UserError(f"{name} needs one per teacher: {len(args.teachers)}, found {len(found)}")
+    if args.weights and not min(args.weights) > 0:
+        raise UserError(f"--weights must be above 0, found {min(args.weights)}; leave out who shall not count")
+    if args.combine != "heads" and len(set(args.loss)) > 1:
+        raise UserError(f"--combine {args.combine} has one head and takes one --loss, found {' '.join(args.loss)}")
     if len(set(args.teachers)) < len(args.teachers):
         raise UserError("--teachers names one twice; a teacher counts more through --weights")
+    return args
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer of a teacher, as the log calls it, and how it counts."""
+    name: str
+    width: int
+    weight: float
+    loss: str
+
+
+def load_teachers(args, device, say):
+    """-> (teachers, their targets)"""
+    teachers, targets = [], []
+    for spec in args.teachers:
+        teachers.append(Teacher(spec, device, running.inference_dtype(device)))
+        say(f"teacher {teachers[-1]}")
+    titles = [teacher.title for teacher in teachers]
+    for k, teacher in enumerate(teachers):
+        if titles.count(teacher.title) > 1:
+            teacher.title = teacher.name
+        weight = (args.weights or [1.0] * len(teachers))[k] / len(teacher.layers)
+        targets += [Target(teacher.title + (f":{layer}" if layer != "last" else ""), width, weight,
+                           args.loss[k % len(args.loss)]) for layer, width in zip(teacher.layers, teacher.widths)]
+    if args.combine != "heads" and len({target.width for target in targets}) > 1:
+        raise UserError(f"--combine {args.combine} needs targets of one width, found "
+                        f"{', '.join(f'{t.name} {t.width}' for t in targets)}; use --combine heads")
+    return teachers, targets
+
+
+def standardise(teachers, loader, state):
+    """The teachers' means and deviations: those of the run that goes on, or measured on the first 200 s of training."""
+    if state:
+        for teacher, old in zip(teachers, state["teachers"]):
+            teacher.mean, teacher.std = old["mean"].to(teacher.device), old["std"].to(teacher.device)
+        return
+    count = max(4, math.ceil(200 / loader.batch_seconds))
+    batches = [batch for _, batch in zip(range(count), loader.epoch(0)) if batch.ids]
+    if not batches:
+        raise UserError("none of the training audio can be read; python data.py check PATH says why")
+    for k, teacher in enumerate(teachers):
+        teacher.standardise([(batch.embeddings[k], (batch.feature_lengths + 1) // 4) if batch.embeddings else
+                             teacher.embed(batch.waveforms) for batch in batches])
+
+
+# ---------------------------------------------------------------------------- the cache
+
+def remember(args, teachers, train_set, dev_set, say, rank, world):
+    """--cache: let the teachers embed what is not on disk yet; then they may go. -> (a Cache for each, the utterances
+    of both sets that all of them know). Raises UserError if the disk has no room for the size that is printed first."""
+    folder, everything = args.cache, [(u, s) for u in train_set for s in args.speeds] + [(u, 1.0) for u in dev_set]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        caches = [Cache(folder, teacher, f"{teacher.title}-{','.join(teacher.layers)}", rank) for teacher in teachers]
+        missing = [(u, s) for u, s in everything if not all(cache.row(u, s) for cache in caches)]
+        frames = lambda u, s: student_frames(round(u.seconds / s * data.SAMPLE_RATE))
+        size = [sum(2 * cache.dim * frames(u, s) for u, s in missing if not cache.row(u, s)) / 1e9 for cache in caches]
+        free = shutil.disk_usage(folder).free / 1e9
+        if missing:
+            say(f"cache {folder}: {sum(size):.3g} GB to write ("
+                f"{', '.join(f'{cache.name} {gb:.3g}' for cache, gb in zip(caches, size))}), {free:.3g} GB free")
+        if rank == 0 and sum(size) > free:
+            raise UserError(f"--cache {folder} has {free:.3g} GB free, {sum(size):.3g} GB are needed; choose another "
+                            f"disk, fewer --speeds or teachers")
+        together()  # nobody writes while others still look at what is missing
+        if missing:
+            fill(caches, teachers, missing, args, rank, world)
+        together()
+        for cache in caches:
+            cache.read()
+    except OSError as error:
+        raise UserError(f"cannot write --cache {folder} ({error.strerror}); what is there is intact: free some space "
+                        f"or choose another folder, and run the same command again")
+    unknown = {u.path for u, s in everything if not all(cache.row(u, s) for cache in caches)}  # (unreadable)
+    for teacher in teachers:
+        teacher.encoder = None  # its memory is the student's now
+    return caches, *([u for u in some if u.path not in unknown] for some in (train_set, dev_set))
+
+
+def together():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def fill(caches, teachers, missing, args, rank, world):
+    """Append this process's share of `missing`, pairs of an utterance and a speed, to the caches that lack them."""
+    for cache in caches:
+        cache.open()
+    with tqdm(total=round(sum(u.seconds for u, _ in missing) / world), unit="s", desc="caching", disable=rank > 0,
+              dynamic_ncols=True) as bar:
+        for speed in sorted({speed for _, speed in missing}):
+            known = {u.path: u for u, s in missing if s == speed}
+            loader = data.Loader([replace(u, id=path) for path, u in known.items()], args.batch_seconds, waveforms=True,
+                                 speeds=(speed,), workers=args.workers, rank=rank, world=world)
+            for batch in loader.epoch():
+                for problem in batch.failed:
+                    tqdm.write(f"skipped: {problem}", file=sys.stderr)
+                for cache, teacher in zip(caches, teachers):
+                    new = [(known[path], waveform) for path, waveform in zip(batch.ids, batch.waveforms or [])
+                           if not cache.row(known[path], speed)]
+                    if new:
+                        utterances, waveforms = zip(*new)
+                        cache.append(utterances, speed, *teacher.embed(waveforms))
+                bar.update(round(sum(known[path].seconds for path in batch.ids)))
+    for cache in caches:
+        cache.close()
+
+
+# ---------------------------------------------------------------------------- is it a teacher at all?
+
+def character_errors(train, dev, epochs=30):
+    """A linear CTC layer learns the characters of 25 Hz frames: percent of the characters of `dev` that it gets wrong.
+
+    train, dev: lists of ((T, D) frames, text). What a layer this weak can read off, the frames must tell apart.
+    """
+    letters = sorted({c for _, text in train for c in text})
+    everything = torch.cat([x for x, _ in train])
+    mean, std = everything.mean(0), everything.std(0).clamp(min=1e-5)
+    rows = [((x - mean) / std, torch.tensor([1 + letters.index(c) for c in text])) for x, text in train]
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(len(mean), 1 + len(letters)).to(mean.device)
+    optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, epochs * math.ceil(len(rows) / 8))
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(rows)).split(8):
+            frames, targets = zip(*(rows[i] for i in chosen))
+            log_probs = layer(pad_sequence(frames)).log_softmax(-1).cpu()                             # (T, B, V)
+            loss = F.ctc_loss(log_probs, torch.cat(targets), torch.tensor([len(x) for x in frames]),
+                              torch.tensor([len(y) for y in targets]), zero_infinity=True)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    errors = Errors()
+    for x, text in dev:
+        best = layer((x - mean) / std).argmax(-1).unique_consecutive().tolist()
+        errors += word_errors(" ".join(text), " ".join(letters[k - 1] for k in best if k))
+    return errors.rate
+
+
+def probe_batches(args, say):
+    """-> [batches to learn from, batches to score on] of PROBE_SECONDS, of transcribed audio if there is any"""
+    sets, parts = data.load_training_data(args, say), []
+    for utterances, seconds in zip(sets, PROBE_SECONDS):
+        some = [u for u in utterances if data.normalise(u.text or "")] or utterances
+        some = [some[i] for i in torch.randperm(len(some), generator=torch.Generator().manual_seed(0))]
+        count = 1 + bisect.bisect(list(itertools.accumulate(u.seconds for u in some)), seconds)
+        parts.append(list(data.Loader(some[:count], args.batch_seconds, waveforms=True).epoch()))
+    parts = [[batch for batch in part if batch.ids] for part in parts]
+    if not all(parts):
+        raise UserError("none of the audio can be read; python data.py check PATH says why")
+    return parts
+
+
+def probe(args, device, say):
+    """--probe: what the teachers are, how fast, and how well a linear layer reads characters off their embeddings."""
+    parts = probe_batches(args, say)
+    texts = [[data.normalise(text or "").replace(" ", "") for batch in part for text in batch.texts] for part in parts]
+    transcribed = all(all(part) for part in texts)
+    teachers, targets = load_teachers(args, device, say)
+    say("| teacher | parameters | frames | target width | s of audio/s | characters wrong |\n|---|---|---|---|---|---|")
+
+    def row(name, about, frames):
+        rate = "unknown"
+        if transcribed:
+            rate = f"{character_errors(*(list(zip(*pair)) for pair in zip(frames, texts))):.1f} %"
+        say(f"| {name} | {about} | {rate} |")
+
+    names = (target.name for target in targets)
+    for teacher in teachers:
+        started = time.perf_counter()
+        heard = [[e[:n] for batch in part for e, n in zip(*teacher.embed(batch.waveforms))] for part in parts]
+        speed = sum(batch.seconds for part in parts for batch in part) / (time.perf_counter() - started)
+        for k, (clock, width) in enumerate(zip(teacher.clocks, teacher.widths)):
+            row(next(names), f"{teacher.parameters / 1e6:.1f} M | {clock.rate:.4g} Hz | {width} | {speed:.0f}",
+                [[e.split(teacher.widths, dim=1)[k] for e in part] for part in heard])
+    row("log-mel features", " | 100 Hz | 320 | ",
+        [[F.pad(x, (0, 0, 0, 1))[:(n + 1) // 4 * 4].reshape(-1, 320) for batch in part
+          for x, n in zip(batch.features, batch.feature_lengths)] for part in parts])
+    say("A linear CTC layer reads the characters: a teacher is worth having where it reads far more than off log-mel."
+        if transcribed else "Give transcribed --data and --dev to learn whether its embeddings tell phones apart.")
+    return 0
+
+
+@running.polite
+def main(argv=None):
+    args = options(argv)
 
     # ---- machine, run, data
     device, dtype, why = running.choose_device(args.device)
     rank, world = running.start_processes(device)
     say = print if rank == 0 else lambda line: None
     say(why)
-    this = running.Run(args, rank, world, model.load_checkpoint, model.save_checkpoint)
+    if args.probe:
+        return probe(args, device, say)
+    # embeddings in float16 are another experiment, where they lie is not
+    settings = argparse.Namespace(**vars(args) | {"cache": "used" if args.cache else None})
+    this = running.Run(settings, rank, world, model.load_checkpoint, model.save_checkpoint)
     if this.finished:
         say(f"{args.out} is finished; next: python finetune_rnnt.py --init {args.out}   (--overwrite starts anew)")
         return 0
     train_set, dev_set = data.load_training_data(args, say)
-    loader = data.Loader(train_set, args.batch_seconds, waveforms=True, augment=True, speeds=args.speeds,
-                         workers=args.workers, seed=args.seed, rank=rank, world=world)
-    dev = data.Loader(dev_set, args.batch_seconds, waveforms=True, workers=args.workers)
 
-    # ---- teachers
-    teachers = []
-    for spec in args.teachers:
-        teachers.append(Teacher(spec, device, running.inference_dtype(device)))
-        say(f"teacher {teachers[-1]}")
-    if this.state:
-        for teacher, state in zip(teachers, this.state["teachers"]):
-            teacher.mean, teacher.std = state["mean"].to(device), state["std"].to(device)
-    else:
-        first = data.Loader(train_set, args.batch_seconds, waveforms=True, augment=True, workers=0,
-                            seed=args.seed).epoch(0)
-        count = max(4, math.ceil(200 / args.batch_seconds))
-        batches = [batch.waveforms for _, batch in zip(range(count), first) if batch.ids]
-        if not batches:
-            raise UserError("none of the training audio can be read; python data.py check PATH says why")
-        for teacher in teachers:
-            teacher.standardise(batches)
-    names = [teacher.spec.rstrip("/").rpartition("/")[2] for teacher in teachers]
-    names = names if len(set(names)) == len(names) else [teacher.spec for teacher in teachers]
-    head_dims = tuple(teacher.dim for teacher in teachers)
-    if args.combine != "heads":
-        if len(set(head_dims)) > 1:
-            raise UserError(f"--combine {args.combine} needs teachers of one width, found "
-                            f"{', '.join(map(str, head_dims))}; use --combine heads")
-        head_dims = head_dims[:1]
-    weights = args.weights or [1.0] * len(teachers)
-    if args.combine != "heads":
-        weights = [1.0]
+    # ---- teachers, or what they once said
+    teachers, targets = load_teachers(args, device, say)
+    caches = []
+    if args.cache:
+        caches, train_set, dev_set = remember(args, teachers, train_set, dev_set, say, rank, world)
+    heard = {"caches": caches} if caches else {"waveforms": True}
+    loader = data.Loader(train_set, args.batch_seconds, augment=True, speeds=args.speeds, workers=args.workers,
+                         seed=args.seed, rank=rank, world=world, **heard)
+    dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers, **heard)
+    standardise(teachers, data.Loader(train_set, args.batch_seconds, augment=True, seed=args.seed, **heard), this.state)
+    heads = targets if args.combine == "heads" else [Target(args.combine, targets[0].width, 1.0, args.loss[0])]
+    weights = [target.weight for target in targets]
 
     # ---- student
     torch.manual_seed(args.seed)
-    student = model.Student(replace(model.PRESETS[args.size], head_dims=head_dims)).to(device)
-    say(f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, heads {list(head_dims)} "
-        f"({args.combine})")
+    student = model.Student(replace(model.PRESETS[args.size], head_dims=tuple(head.width for head in heads))).to(device)
+    say(f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, heads "
+        f"{', '.join(f'{head.name} {head.width}' for head in heads)}")
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
 
     def compute_loss(batch):
-        total, frames, parts = stage1_loss(student, batch, teacher_targets(teachers, batch.waveforms, args.combine),
-                                           weights)
-        return total, frames, dict(zip(names if args.combine == "heads" else [args.combine], parts))
+        total, frames, parts = stage1_loss(student, batch, teacher_targets(teachers, batch, args.combine, weights),
+                                           [head.weight for head in heads], [head.loss for head in heads])
+        return total, frames, {head.name: part for head, part in zip(heads, parts)}
 
     def evaluate(student):
-        """Mean L1 per teacher on the development audio; 0.8 is what predicting the mean scores on normally distributed
-        targets."""
-        sums, frames = torch.zeros(len(teachers)), torch.zeros(len(teachers))
-        for batch in filter(lambda batch: batch.ids, dev.epoch()):
-            hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
-            for k, teacher in enumerate(teachers):
-                target, target_lengths = teacher(batch.waveforms)
-                loss, n = losses.distillation_loss(student.heads[min(k, len(student.heads) - 1)](hidden), target,
-                                                  torch.minimum(lengths, target_lengths))
-                sums[k] += loss.item()
-                frames[k] += n.item()
-        if not frames.all():
-            raise UserError("none of the --dev audio can be read; python data.py check PATH says why")
-        results = {f"dev {name}": value for name, value in zip(names, (sums / frames).tolist())}
-        return results, sum(results.values())
+        means = mean_losses(student, teachers, targets, dev)
+        return {f"dev {name}": mean for name, mean in means.items()}, sum(t.weight * means[t.name] for t in targets)
 
     extra = {"config": student.config, "stage": 1, "size": args.size,
              "teachers": [teacher.state() for teacher in teachers], "combine": args.combine}

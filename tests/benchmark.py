@@ -1,10 +1,11 @@
-"""Side by side in one run: python tests/benchmark.py loss|train|decode      (yardsticks, not tests)"""
+"""Side by side in one run: python tests/benchmark.py loss|train|teacher|decode      (yardsticks, not tests)"""
 import argparse
 import functools
 import math
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import replace
@@ -95,12 +96,12 @@ def train(repeat, batch_seconds):
     teachers = [pretrain_kd.Teacher(folder, DEVICE, DTYPE) for folder in folders]
     student = model.Student(replace(model.PRESETS["nano"], head_dims=tuple(t.dim for t in teachers))).to(DEVICE)
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
-    listen = lambda: pretrain_kd.teacher_targets(teachers, batch.waveforms, "heads")
+    listen = lambda: pretrain_kd.teacher_targets(teachers, batch)
     targets = listen()
 
     def student_step(targets):
         with running.autocast(DEVICE, DTYPE):
-            total, frames, _ = pretrain_kd.stage1_loss(student, batch, targets, [1.0, 1.0])
+            total, frames, _ = pretrain_kd.stage1_loss(student, batch, targets, [1.0, 1.0], ["l1", "l1"])
         optimizer.zero_grad()
         (total / frames).backward()
 
@@ -113,6 +114,50 @@ def train(repeat, batch_seconds):
     print(f"| {len(batch.ids)} utterances, {batch.seconds:.0f} s | ms | s of audio per s | share |\n|---|---|---|---|")
     for name, s in seconds.items():
         print(f"| {name} | {1000 * s:.0f} | {batch.seconds / s:.0f} | {s / seconds['whole step']:.2f} |")
+
+
+def teacher(repeat, batch_seconds, specs):
+    """Is a step of distillation worth its parts, and one from the cache what the student costs?"""
+    utterances = data.load_utterances(running.DEMO / "corpus/unlabelled")
+    speeds, caches = (0.9, 1.0, 1.1), []
+    teachers = [pretrain_kd.Teacher(spec, DEVICE, running.inference_dtype(DEVICE)) for spec in specs]
+    loaders = [data.Loader(utterances, batch_seconds, waveforms=True, augment=True, speeds=speeds)]
+    [indices] = loaders[0].batches(0)[:1]
+    batch = data._Dataset(loaders[0], 0)[indices]
+    with tempfile.TemporaryDirectory() as folder:
+        for k, one in enumerate(teachers):
+            caches.append(pretrain_kd.Cache(folder, one, f"teacher-{k}"))
+            caches[-1].open()
+            for speed in speeds:
+                for u in (utterances[i] for i in indices):
+                    caches[-1].append([u], speed, *one.embed([data._speed(speed)(data.load_audio(u.path))[0]]))
+            caches[-1].close()
+            caches[-1].read()
+        loaders.append(data.Loader(utterances, batch_seconds, augment=True, speeds=speeds, caches=caches))
+        live, from_cache = (data._Dataset(loader, 0) for loader in loaders)
+        widths = tuple(width for one in teachers for width in one.widths)
+        student = model.Student(replace(model.PRESETS["nano"], head_dims=widths)).to(DEVICE)
+        optimizer, heads = torch.optim.AdamW(student.parameters(), fused=True), len(student.heads)
+        fixed = pretrain_kd.teacher_targets(teachers, batch)
+
+        def step(dataset, targets=None):
+            heard = dataset[indices].to(DEVICE)                     # read here; in training workers read ahead
+            with running.autocast(DEVICE, DTYPE):
+                targets = targets or pretrain_kd.teacher_targets(teachers, heard)
+                total, frames, _ = pretrain_kd.stage1_loss(student, heard, targets, [1.0] * heads, ["l1"] * heads)
+            optimizer.zero_grad()
+            (total / frames).backward()
+            optimizer.step()
+        ways = {f"teacher {one.spec}": functools.partial(one.embed, batch.waveforms) for one in teachers}
+        ways |= {"student alone": lambda: step(live, fixed), "distillation step": lambda: step(live),
+                 "distillation step from the cache": lambda: step(from_cache)}
+        seconds = medians(ways, repeat)
+    *alone, student, whole, cached = seconds.values()
+    print(f"| {len(batch.ids)} utterances, {batch.seconds:.0f} s | ms | s of audio per s |\n|---|---|---|")
+    for name, s in seconds.items():
+        print(f"| {name} | {1000 * s:.0f} | {batch.seconds / s:.0f} |")
+    print(f"step / (teachers + student) {whole / (sum(alone) + student):.2f}, "
+          f"cached step / student {cached / student:.2f}")
 
 
 def decoding(repeat, batch_seconds):
@@ -136,11 +181,15 @@ def decoding(repeat, batch_seconds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["loss", "train", "decode"])
+    parser.add_argument("what", choices=["loss", "train", "teacher", "decode"])
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--batch-seconds", type=float, default=24)
+    parser.add_argument("--teachers", nargs="+",
+                        default=[str(running.DEMO / "teachers" / name) for name in ("hubert", "whisper")])
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     print(WHY)
-    {"loss": loss, "train": train, "decode": decoding}[args.what](args.repeat, args.batch_seconds)
+    ways = {"loss": loss, "train": train, "decode": decoding,
+            "teacher": functools.partial(teacher, specs=args.teachers)}
+    ways[args.what](args.repeat, args.batch_seconds)
