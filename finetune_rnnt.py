@@ -8,7 +8,9 @@
 
     python finetune_rnnt.py --teacher-transducer exp/a exp/b --out exp/taught       # trained transducers teach it too
 
-    L = L_transducer + c * L_CTC + lambda * L_KD      # arXiv 1211.3711; Graves 2006; arXiv 2110.03334 and 1906.10834
+    L = L_transducer + c * L_CTC                                  # Graves 2012 (arXiv 1211.3711) and 2006
+        + lambda * L_KD                                           # --teacher-transducer: losses.py, "stage 2"
+        + w * L_AED                                               # --bert: bert.py
 """
 import argparse
 import sys
@@ -20,6 +22,7 @@ from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import bert
 import data
 import decode
 import losses
@@ -29,8 +32,8 @@ from decode import Errors, transcribe, word_errors
 from run import UserError
 
 
-def stage2_loss(student, batch, args, teachers=()):
-    """-> (sum over utterances of L_transducer + c * L_CTC + lambda * L_KD, utterances, {name: mean})"""
+def stage2_loss(student, batch, args, teachers=(), tutor=None):
+    """-> (sum over utterances of L_transducer + c * L_CTC + lambda * L_KD + w * L_AED, utterances, {name: mean})"""
     if teachers:
         batch, nodes, soft_labels = listen(teachers, batch, args)
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
@@ -48,7 +51,10 @@ def stage2_loss(student, batch, args, teachers=()):
     if teachers:
         parts["kd"], _ = losses.path_distillation_loss(student.joiner, hidden, predicted, nodes, soft_labels, lengths,
                                                        args.kd_temperature, args.kd_shift)
-    weights = {"transducer": 1.0, "simple": 0.5, "ctc": args.ctc_weight, "kd": args.kd_weight}
+    if tutor:
+        parts |= tutor(student, hidden, lengths, batch)
+    weights = {"transducer": 1.0, "simple": 0.5, "ctc": args.ctc_weight, "ctc of layers": args.ctc_weight,
+               "kd": args.kd_weight, "bert": args.bert_weight}
     B = torch.tensor(len(batch.ids))
     return sum(weights[name] * part for name, part in parts.items()), B, {k: part / B for k, part in parts.items()}
 
@@ -150,6 +156,13 @@ def parse(argv):
     group.add_argument("--essence-mass", type=float, metavar="M", help="keep the fewest that hold this probability")
     group.add_argument("--essence-drop", action="store_true",
                        help="leave out nodes where the teachers would write another label than the transcript")
+    group = parser.add_argument_group("a masked language model teaches the encoder")
+    group.add_argument("--bert", metavar="NAME", help="hub name or folder; see bert.py")
+    group.add_argument("--inter-layers", nargs="+", type=int, metavar="K", default=[2],
+                       help="intermediate layers that it teaches beside the last (default 2)")
+    group.add_argument("--bert-weight", type=float, default=0.3, help="w above (default %(default)s)")
+    group.add_argument("--bert-lambda", type=float, default=0.5,
+                       help="share of its soft labels against the transcript's (default %(default)s)")
     running.add_training_options(parser, out="exp/finetune", steps=450)
     args = parser.parse_args(argv)
     running.check_training_options(args)
@@ -188,6 +201,12 @@ def main(argv=None):
     student.to(device)
     say(f"student: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} tokens, "
         f"{args.predictor} predictor")
+    tutor = None
+    if args.bert:
+        labels = bert.label_texts(args.bert, [u.text for u in train_set], args.out, device)
+        tutor = bert.Tutor(student, labels, args.inter_layers, args.bert_lambda)
+        size = sum(p.numel() for p in student.auxiliary.parameters())
+        say(f"{args.bert} teaches through a decoder of {size / 1e6:.1f} M parameters that is not exported")
     loader = data.Loader(train_set, args.batch_seconds, tokenizer, waveforms=bool(teachers), augment=True,
                          speeds=args.speeds, workers=args.workers, seed=args.seed, rank=rank, world=world)
     dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers)
@@ -216,8 +235,8 @@ def main(argv=None):
         return {"dev WER": totals["transducer"].rate, "dev WER of CTC": totals["ctc"].rate}, totals["transducer"].rate
 
     extra = {"config": student.config, "stage": 2, "tokenizer": tokenizer.to_str(), "init": str(args.init), **origin}
-    code = running.train(this, student, loader, lambda batch: stage2_loss(student, batch, args, teachers), evaluate,
-                         optimizer, extra, device, dtype, rank, world, before_step)
+    code = running.train(this, student, loader, lambda batch: stage2_loss(student, batch, args, teachers, tutor),
+                         evaluate, optimizer, extra, device, dtype, rank, world, before_step, model.exported)
     if code == 0:
         say(f"next: python decode.py --checkpoint {args.out}")
     return code

@@ -283,12 +283,17 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def exported(weights):
+    """Without the decoder that only training needs (bert.py)."""
+    return {name: x for name, x in weights.items() if not name.startswith("auxiliary.")}
+
+
 def load_student(checkpoint, **changes):
     """The Student that a checkpoint describes, with its weights; `changes` replace fields of its config (new parts stay
     untrained)."""
     known = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()})
     student = Student(replace(known, **changes))
-    weights = checkpoint["model"]
+    weights = exported(checkpoint["model"])
     if changes:
         weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
         student.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights.items()})

@@ -133,7 +133,8 @@ def check_training_options(args):
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, found {value}")
-    for name in ("workers", "ctc_weight", "freeze_steps", "kd_weight", "kd_shift", "pseudo_weight"):
+    for name in ("workers", "ctc_weight", "freeze_steps", "kd_weight", "kd_shift", "pseudo_weight",
+                 "bert_weight", "bert_lambda"):
         value = getattr(args, name, None)
         if value is not None and not value >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, found {value}")
@@ -262,14 +263,14 @@ class StopSignals:
 
 
 def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank=0, world=1,
-          before_step=None):
+          before_step=None, export=dict):
     """Train `student` until the budget of `run.args` is spent. Returns the exit code.
 
     compute_loss(batch) -> (loss, count, {name: value}): loss is a SUM over `count` things (frames, utterances).
     evaluate(student) -> ({name: value}, score): lower score is better; it sees the averaged weights.
     loader.epoch(number, skip) yields batches, the same ones whenever it is asked again: that makes resuming exact.
     extra: what else a checkpoint of this stage says about itself (config, tokenizer, teachers ...), plain types and
-    tensors.
+    tensors. export(weights): those that best.pt shall have.
     """
     args, parameters = run.args, [p for p in student.parameters() if p.requires_grad]
     averaged = {k: v.detach().clone() for k, v in student.state_dict().items()}
@@ -301,7 +302,7 @@ def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device
         run.log(step=progress["step"], **results)
         if score < progress["best"] or not (run.out / "best.pt").exists():
             progress["best"] = score
-            run.save("best.pt", model=averaged, results=results, step=progress["step"], **extra)
+            run.save("best.pt", model=export(averaged), results=results, step=progress["step"], **extra)
 
     student.train()
     eval_every = args.eval_every or max(1, args.steps // 10)
