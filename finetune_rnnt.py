@@ -42,6 +42,7 @@ def new_student(args, tokenizer, say):
     new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=())
     if args.init == "none":
         say(f"from scratch: nothing inherited, size {args.size or 'nano'}")
+        new |= dict(chunk=args.chunk or 0, left=64 if args.left is None else args.left)
         return model.Student(replace(model.PRESETS[args.size or "nano"], **new)), {"size": args.size or "nano",
                                                                                    "teachers": []}
     checkpoint = model.load_checkpoint(args.init)
@@ -49,10 +50,14 @@ def new_student(args, tokenizer, say):
         raise UserError(f"--size {args.size}, but {args.init} holds a {checkpoint.get('size')} student; leave --size "
                         f"out or use --init none")
     student = model.load_student(checkpoint, **new)
+    for name in ("chunk", "left"):
+        if getattr(args, name) not in (None, getattr(student.config, name)):
+            raise UserError(f"--{name} {getattr(args, name)}, but the student of {args.init} "
+                            f"{student.config.listening}; leave --{name} out or use --init none")
     inherited = sum(p.numel() for p in student.encoder.parameters())
     taught_by = ", ".join(teacher["spec"] for teacher in checkpoint.get("teachers", [])) or "nobody"
     say(f"inherited from {args.init}: the {checkpoint.get('size')} encoder, {inherited / 1e6:.1f} M parameters, step "
-        f"{checkpoint.get('step', 'last')}, taught by {taught_by}; new: predictor, joiner, CTC head")
+        f"{checkpoint.get('step', 'last')}, taught by {taught_by}, {student.config.listening}; new: predictor, joiner, CTC head")
     return student, {key: checkpoint.get(key) for key in ("size", "teachers")}
 
 
@@ -65,6 +70,9 @@ def main(argv=None):
                        help="run directory or checkpoint of stage 1, or 'none' (default %(default)s)")
     group.add_argument("--size", choices=list(model.PRESETS),
                        help="of the student with --init none (default nano); otherwise stage 1 decided")
+    group.add_argument("--chunk", type=model.chunk_size, metavar="FRAMES|random",
+                       help="with --init none, as for pretrain_kd.py; otherwise stage 1 decided")
+    group.add_argument("--left", type=int, metavar="FRAMES", help="the same")
     group.add_argument("--vocab-size", type=int, default=256, help="BPE tokens at most (default %(default)s)")
     group.add_argument("--min-frequency", type=int, default=100,
                        help="a token must be that frequent in the training text, so little text "

@@ -133,7 +133,7 @@ def check_training_options(args):
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, found {value}")
-    for name in ("workers", "ctc_weight", "freeze_steps"):
+    for name in ("workers", "ctc_weight", "freeze_steps", "left"):
         value = getattr(args, name, None)
         if value is not None and not value >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, found {value}")
