@@ -9,6 +9,7 @@
     L = L_transducer + c * L_CTC                              # Graves 2012 and 2006; both from the same encoder
 """
 import argparse
+import statistics
 import sys
 from dataclasses import replace
 
@@ -36,10 +37,10 @@ def stage2_loss(student, batch, ctc_weight):
     return transducer + ctc_weight * ctc, B, {"transducer": transducer / B, "ctc": ctc / B}
 
 
-def new_student(args, tokenizer, say):
-    """Everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head. -> (student, what to
-    remember of its origin)"""
-    new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=())
+def new_student(args, tokenizer, seconds, say):
+    """Everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head. seconds: of a typical
+    utterance. -> (student, what to remember of its origin)"""
+    new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=(), seconds=seconds)
     if args.init == "none":
         say(f"from scratch: nothing inherited, size {args.size or 'nano'}")
         new |= dict(chunk=args.chunk or 0, left=64 if args.left is None else args.left)
@@ -57,7 +58,8 @@ def new_student(args, tokenizer, say):
     inherited = sum(p.numel() for p in student.encoder.parameters())
     taught_by = ", ".join(teacher["spec"] for teacher in checkpoint.get("teachers", [])) or "nobody"
     say(f"inherited from {args.init}: the {checkpoint.get('size')} encoder, {inherited / 1e6:.1f} M parameters, step "
-        f"{checkpoint.get('step', 'last')}, taught by {taught_by}, {student.config.listening}; new: predictor, joiner, CTC head")
+        f"{checkpoint.get('step', 'last')}, taught by {taught_by}, {student.config.listening}; new: predictor, "
+        f"joiner, CTC head")
     return student, {key: checkpoint.get(key) for key in ("size", "teachers")}
 
 
@@ -108,7 +110,8 @@ def main(argv=None):
         origin = {key: this.state[key] for key in ("size", "teachers")}
     else:
         tokenizer = data.train_tokenizer([u.text for u in train_set], args.vocab_size, args.min_frequency)
-        student, origin = new_student(args, tokenizer, say)
+        seconds = statistics.median(u.seconds for u in train_set)
+        student, origin = new_student(args, tokenizer, seconds, say)
     student.to(device)
     say(f"student: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} tokens, "
         f"{args.predictor} predictor")

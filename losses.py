@@ -142,3 +142,14 @@ def lattice_scan(into_blank, into_label):
         c = climbed[:, :, u]
         columns.append(c + torch.logcumsumexp(columns[-1] + into_label[:, :, u] - c, dim=1))
     return torch.stack(columns, dim=2)
+
+
+def lattice_posterior(logits, targets):
+    """logits (T, U+1, V), targets (U,), U > 0 -> (T, U+1) float64: the probability that an alignment of the targets
+    passes node (t, u), which is how much log P answers to the arcs that leave the node: a gradient."""
+    log_probs = logits.detach().cpu().double().log_softmax(-1)
+    blank = log_probs[..., BLANK].clone().requires_grad_()
+    label = log_probs[:, :-1].gather(2, targets.expand(len(logits), -1)[..., None])[..., 0].requires_grad_()
+    alpha = lattice_scan(F.pad(blank, (0, 0, 1, 0))[None, :-1], F.pad(label, (1, 0))[None])
+    via_blank, via_label = torch.autograd.grad(alpha[0, -1, -1] + blank[-1, -1], (blank, label))
+    return via_blank + F.pad(via_label, (0, 1))

@@ -39,6 +39,7 @@ class Config:
     predictor_dim: int = 256
     predictor_dropout: float = 0.3  # it sees few texts and must not learn them by heart
     joiner_dim: int = 256
+    seconds: float = 12.0           # of a typical utterance in training; longer recordings are heard in such pieces
 
     @property
     def listening(self):
@@ -228,13 +229,10 @@ class StatelessPredictor(nn.Module):
         self.mix = nn.Conv1d(config.predictor_dim, config.predictor_dim, 2, groups=config.predictor_dim)
 
     def forward(self, labels, state=None):
-        """labels (B, U), state (B, 1) the label before them -> (B, U, P), state. A sequence starts with blank."""
+        """labels (B, U), state (B, 1) the label before them -> (B, U, P), state. A sequence starts with blank. The
+        first axis of a state is the batch, so a search picks rows by an index."""
         labels = torch.cat([torch.full_like(labels[:, :1], BLANK) if state is None else state, labels], dim=1)
         return F.relu(self.mix(self.embedding(labels).transpose(1, 2)).transpose(1, 2)), labels[:, -1:]
-
-    def select(self, emitted, new, old):
-        """States of the rows of a batch: new where emitted (B,) is True, else old."""
-        return torch.where(emitted[:, None], new, old)
 
 
 class LSTMPredictor(nn.Module):
@@ -244,10 +242,10 @@ class LSTMPredictor(nn.Module):
         self.lstm = nn.LSTM(config.predictor_dim, config.predictor_dim, batch_first=True)
 
     def forward(self, labels, state=None):
-        return self.lstm(self.embedding(labels), state)
-
-    def select(self, emitted, new, old):
-        return tuple(torch.where(emitted[None, :, None], n, o) for n, o in zip(new, old))
+        """labels (B, U), state (B, 2, P) of the LSTM -> (B, U, P), state"""
+        state = None if state is None else tuple(x[None].contiguous() for x in state.unbind(1))
+        x, (h, c) = self.lstm(self.embedding(labels), state)
+        return x, torch.stack([h[0], c[0]], dim=1)
 
 
 class Joiner(nn.Module):
