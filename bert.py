@@ -123,7 +123,7 @@ class Tutor:
         vocabulary = 1 + max(int(x.max()) for tokens, ids, _ in labels.values() for x in (tokens, ids))
         student.auxiliary = AuxiliaryDecoder(student.config.dim, vocabulary)
         for k in layers:
-            keep = lambda block, inputs, output, k=k: self.heard.update({k: output})
+            keep = lambda block, inputs, output, k=k: self.heard.update({k: output[0]})
             student.encoder.blocks[k - 1].register_forward_hook(keep)
 
     def __call__(self, student, hidden, lengths, batch):

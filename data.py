@@ -107,9 +107,8 @@ def read_folder(folder):
     for transcript in sorted(folder.rglob("*.trans.txt")):
         for line in transcript.read_text(encoding="utf-8-sig", errors="replace").splitlines():
             id, _, words = line.strip().partition(" ")
-            if not id:
-                continue
-            text[transcript.parent / id] = words
+            if id:
+                text[transcript.parent / id] = words
     problems += [f"{path}: named in a .trans.txt, but there is no such audio"
                  for path in sorted(text.keys() - {f.with_suffix("") for f in files})]
     return [(str(f.relative_to(folder).with_suffix("")), f, text.get(f.with_suffix(""))) for f in files], problems
@@ -224,26 +223,36 @@ def summary(utterances):
 
 # ---------------------------------------------------------------------------- audio and features
 
-def load_audio(path):
-    """-> float32 tensor (S,), mono, 16 kHz. Raises UserError naming the file if it is not readable, empty or not
-    finite."""
+def stream_audio(path, seconds=30):
+    """A file of any length in bounded memory: float32 tensors (S_i,), mono, 16 kHz, that follow one another. Raises
+    UserError naming the file if it is not readable, empty or not finite."""
+    rest, second = torch.zeros(0), 0               # blocks share two seconds: one at either end is for the resampler
     try:
-        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
+        with soundfile.SoundFile(str(path)) as file:
+            rate = file.samplerate
+            for samples in file.blocks(seconds * rate, 2 * rate, dtype="float32", always_2d=True):
+                waveform = torch.from_numpy(samples).mean(dim=1)
+                if not torch.isfinite(waveform).all():
+                    raise UserError(f"{path}: holds samples that are not numbers (NaN or infinity)")
+                waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+                yield waveform[second:-SAMPLE_RATE]
+                rest, second = waveform[-SAMPLE_RATE:], SAMPLE_RATE
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise UserError(f"{path}: {why_unreadable(path, error)}")
-    waveform = torch.from_numpy(samples).mean(dim=1)
-    if not len(waveform):
+    if not len(rest):
         raise UserError(f"{path}: no audio in it")
-    if not torch.isfinite(waveform).all():
-        raise UserError(f"{path}: holds samples that are not numbers (NaN or infinity)")
-    return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+    yield rest
+
+
+def load_audio(path):
+    """The whole file as one tensor (S,)."""
+    return torch.cat(list(stream_audio(path)))
 
 
 @functools.cache
 def _mel():
     return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=512, win_length=WINDOW, hop_length=HOP, f_min=20,
-                                                n_mels=80,
-                                                pad_mode="constant", norm="slaney", mel_scale="slaney")
+                                                n_mels=80, pad_mode="constant", norm="slaney", mel_scale="slaney")
 
 
 def log_mel(waveform):
@@ -480,8 +489,7 @@ def check(sources):
         rates = sorted(u.seconds for u in utterances)
         letters = Counter(c for u in utterances for c in normalise(u.text or ""))
         print(f"{source}: {summary(utterances)}, {rates[0]:.1f} to {rates[-1]:.1f} s (median "
-              f"{rates[len(rates) // 2]:.1f}), "
-              f"{sum(u.text is not None for u in utterances)} transcribed, characters: "
+              f"{rates[len(rates) // 2]:.1f}), {sum(u.text is not None for u in utterances)} transcribed, characters: "
               f"{''.join(sorted(letters)) or 'none'}")
     print(f"{count} problem{'s' * (count != 1)}")
     return count

@@ -13,6 +13,7 @@
         + w * L_AED                                               # --bert: bert.py
 """
 import argparse
+import statistics
 import sys
 from dataclasses import replace
 
@@ -30,6 +31,7 @@ import model
 import run as running
 from decode import Errors, transcribe, word_errors
 from run import UserError
+from search import GreedyTransducer
 
 
 def stage2_loss(student, batch, args, teachers=(), tutor=None):
@@ -67,7 +69,10 @@ def listen(teachers, batch, args):
     features = pad_sequence([data.log_mel(w) for w in batch.waveforms], batch_first=True).to(device)
     hidden = [teacher.encoder(features, batch.feature_lengths) for teacher in teachers]
     if None in batch.texts:
-        heard = decode.greedy_transducer(teachers[0], *hidden[0])
+        with torch.autocast(device.type, enabled=False):
+            search = GreedyTransducer(teachers[0], len(batch.texts))
+            search.advance(hidden[0][0].float(), hidden[0][1])
+        heard = [[token.label for token in best.tokens] for [best] in search.results()]
         labels = [row[:n] if text is not None else torch.tensor(own, device=device, dtype=torch.long)
                   for row, n, text, own in zip(batch.targets, batch.target_lengths, batch.texts, heard)]
         batch = replace(batch, targets=pad_sequence(labels, batch_first=True),
@@ -91,13 +96,14 @@ def load_teachers(paths, device):
     return [teacher.eval().requires_grad_(False) for teacher, _ in loaded], loaded[0][1]
 
 
-def new_student(args, tokenizer, say):
-    """Everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head. -> (student, what to
-    remember of its origin)"""
-    new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=(),
+def new_student(args, tokenizer, seconds, say):
+    """Everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head. seconds: of a typical
+    utterance. -> (student, what to remember of its origin)"""
+    new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=(), seconds=seconds,
                simple_joiner=args.loss == "pruned")
     if args.init == "none":
         say(f"from scratch: nothing inherited, size {args.size or 'nano'}")
+        new |= dict(chunk=args.chunk or 0, left=64 if args.left is None else args.left)
         return model.Student(replace(model.PRESETS[args.size or "nano"], **new)), {"size": args.size or "nano",
                                                                                    "teachers": []}
     checkpoint = model.load_checkpoint(args.init)
@@ -105,10 +111,15 @@ def new_student(args, tokenizer, say):
         raise UserError(f"--size {args.size}, but {args.init} holds a {checkpoint.get('size')} student; leave --size "
                         f"out or use --init none")
     student = model.load_student(checkpoint, **new)
+    for name in ("chunk", "left"):
+        if getattr(args, name) not in (None, getattr(student.config, name)):
+            raise UserError(f"--{name} {getattr(args, name)}, but the student of {args.init} "
+                            f"{student.config.listening}; leave --{name} out or use --init none")
     inherited = sum(p.numel() for p in student.encoder.parameters())
     taught_by = ", ".join(teacher["spec"] for teacher in checkpoint.get("teachers", [])) or "nobody"
     say(f"inherited from {args.init}: the {checkpoint.get('size')} encoder, {inherited / 1e6:.1f} M parameters, step "
-        f"{checkpoint.get('step', 'last')}, taught by {taught_by}; new: predictor, joiner, CTC head")
+        f"{checkpoint.get('step', 'last')}, taught by {taught_by}, {student.config.listening}; new: predictor, "
+        f"joiner, CTC head")
     return student, {key: checkpoint.get(key) for key in ("size", "teachers")}
 
 
@@ -125,6 +136,9 @@ def parse(argv):
                        help="run directory or checkpoint of stage 1, or 'none' (default %(default)s)")
     group.add_argument("--size", choices=list(model.PRESETS),
                        help="of the student with --init none (default nano); otherwise stage 1 decided")
+    group.add_argument("--chunk", type=model.chunk_size, metavar="FRAMES|random",
+                       help="with --init none, as for pretrain_kd.py; otherwise stage 1 decided")
+    group.add_argument("--left", type=int, metavar="FRAMES", help="the same")
     group.add_argument("--vocab-size", type=int, default=256, help="BPE tokens at most (default %(default)s)")
     group.add_argument("--min-frequency", type=int, default=100,
                        help="a token must be that frequent in the training text, so little text "
@@ -197,7 +211,8 @@ def main(argv=None):
         origin = {key: this.state[key] for key in ("size", "teachers")}
     else:
         tokenizer = shared or data.train_tokenizer([u.text for u in train_set], args.vocab_size, args.min_frequency)
-        student, origin = new_student(args, tokenizer, say)
+        seconds = statistics.median(u.seconds for u in train_set)
+        student, origin = new_student(args, tokenizer, seconds, say)
     student.to(device)
     say(f"student: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} tokens, "
         f"{args.predictor} predictor")

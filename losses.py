@@ -41,8 +41,8 @@ DISTANCES = {                                                                   
 
 
 def distillation_loss(prediction, target, lengths, kind="l1"):
-    """Stage 1: sum over valid frames of mean over dims |p - e| (arXiv 2303.10917), or of another of DISTANCES; divide by
-    the frame count for the mean.
+    """Stage 1: sum over valid frames of mean over dims |p - e| (arXiv 2303.10917), or of another of DISTANCES; divide
+    by the frame count for the mean.
 
     prediction (B, T, D), target (B, T', D) of a teacher, lengths (B,) valid frames -> (loss, count of frames).
     Two clocks may differ by a frame or two at the end: both are cut to the shorter; more than two is an alignment
@@ -295,6 +295,16 @@ class Lattice(torch.autograd.Function):
         via_blank, via_label = ctx.saved_tensors
         minus = -upstream[:, None, None]
         return F.pad(via_blank * minus, (0, 1)), F.pad(via_label * minus, (0, 0, 0, 1))
+
+
+def lattice_posterior(logits, targets):
+    """logits (T, U+1, V), targets (U,) -> (T, U+1): the probability that an alignment of the targets passes node
+    (t, u), which is how much log P answers to the arcs that leave it: a gradient."""
+    logits = logits.detach().cpu()
+    arcs = read_arcs(logits, F.pad(targets.cpu(), (0, 1)).expand(logits.shape[:2]), BLANK)
+    arcs = [x[None].requires_grad_() for x in arcs]
+    loss = lattice_loss(*arcs, torch.tensor([len(logits)]), torch.tensor([len(targets)]))
+    return -sum(torch.autograd.grad(loss, arcs))[0]
 
 
 # ---------------------------------------------------------------------------- stage 2: transducers teach a transducer

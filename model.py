@@ -27,6 +27,8 @@ class Config:
     layers: int = 4
     heads: int = 4
     kernel: int = 31                # depthwise convolution, encoder frames
+    chunk: int = 0                  # encoder frames that a streaming student hears at once; 0: the whole utterance
+    left: int = 64                  # encoder frames before its chunk that attention sees
     expansion: int = 4              # feed-forward width / dim
     channels: int = 64              # of the convolutional subsampling
     dropout: float = 0.1
@@ -38,6 +40,14 @@ class Config:
     predictor_dropout: float = 0.3  # it sees few texts and must not learn them by heart
     joiner_dim: int = 256
     simple_joiner: bool = False     # only for training with the pruned loss
+    seconds: float = 12.0           # of a typical utterance in training; longer recordings are heard in such pieces
+
+    @property
+    def listening(self):
+        """How it hears, in words."""
+        return {0: "hears whole utterances",
+                RANDOM: f"hears whole utterances or streams, {self.left} frames of left context"}.get(
+            self.chunk, f"streams in chunks of {self.chunk} frames ({40 * self.chunk} ms), {self.left} of left context")
 
 
 PRESETS = {  # parameters with a vocabulary of 256
@@ -46,6 +56,17 @@ PRESETS = {  # parameters with a vocabulary of 256
     "medium": Config(dim=256, layers=16, channels=256, predictor_dim=640, joiner_dim=640),              # 31 M
     "large": Config(dim=512, layers=17, heads=8, channels=512, predictor_dim=640, joiner_dim=640),      # 115 M
 }
+
+
+RANDOM = -1                                      # Config.chunk of a student trained to stream and to hear the whole
+RANDOM_CHUNKS = 0, 0, 0, 0, 4, 8, 16, 32         # one is drawn for each batch, half of them whole (as arXiv 2012.05481)
+
+
+def chunk_size(text):
+    """What --chunk takes: encoder frames of 40 ms, or "random"."""
+    if text != "random" and int(text) < 0:
+        raise ValueError(text)
+    return RANDOM if text == "random" else int(text)
 
 
 # ---------------------------------------------------------------------------- Conformer (arXiv 2005.08100)
@@ -92,32 +113,46 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x, mask):
-        """x (B, T, d), mask (B, 1, 1 or T, T) bool, True where a query may look at a key."""
+    def forward(self, x, mask, past=None):
+        """x (B, T, d), mask (B, 1, 1 or T, T) bool, True where a query may look at a key -> (B, T, d), keys and values.
+
+        past: keys and values (2, B, H, L, c) of L frames before x, all of which may be looked at. They carry no
+        positions: those are counted from the first key here, which is as good because only differences matter.
+        """
         B, T, d = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        positions = torch.arange(T, device=x.device)
-        x = F.scaled_dot_product_attention(rotary(q, positions), rotary(k, positions), v, mask)
-        return self.out(x.transpose(1, 2).reshape(B, T, d))
+        qkv = self.qkv(self.norm(x)).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, kv = qkv[0], qkv[1:] if past is None else torch.cat([past, qkv[1:]], dim=3)
+        k, v = kv
+        positions = torch.arange(k.shape[2], device=x.device)
+        x = F.scaled_dot_product_attention(rotary(q, positions[-T:]), rotary(k, positions), v, mask)
+        return self.out(x.transpose(1, 2).reshape(B, T, d)), kv
 
 
 class Convolution(nn.Module):
     """Pointwise + GLU, depthwise, LayerNorm (not BatchNorm: its statistics would mix utterances and padding),
-    pointwise."""
+    pointwise. Causal in a student that streams."""
 
     def __init__(self, config):
         super().__init__()
+        self.causal = config.chunk != 0
         self.norm = nn.LayerNorm(config.dim)
         self.expand = nn.Linear(config.dim, 2 * config.dim)
-        self.depthwise = nn.Conv1d(config.dim, config.dim, config.kernel, padding=config.kernel // 2, groups=config.dim)
+        self.depthwise = nn.Conv1d(config.dim, config.dim, config.kernel, groups=config.dim,
+                                   padding=0 if self.causal else config.kernel // 2)
         self.depthwise_norm = nn.LayerNorm(config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x, valid):
+    def forward(self, x, valid, past=None):
+        """x (B, T, d), valid (B, T) bool, past (B, d, kernel - 1): what the depthwise convolution heard before x, zeros
+        at the start -> (B, T, d), the next past."""
         # zeros behind the end, as at the edge of a lone utterance
-        x = F.glu(self.expand(self.norm(x))) * valid[..., None]
-        x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
-        return self.out(F.silu(self.depthwise_norm(x)))
+        x = (F.glu(self.expand(self.norm(x))) * valid[..., None]).transpose(1, 2)
+        if self.causal:
+            before = self.depthwise.kernel_size[0] - 1
+            x = F.pad(x, (before, 0)) if past is None else torch.cat([past, x], dim=2)
+            past = x[:, :, x.shape[2] - before:]
+        x = self.depthwise(x).transpose(1, 2)
+        return self.out(F.silu(self.depthwise_norm(x))), past
 
 
 def feed_forward(config):
@@ -132,30 +167,55 @@ class Block(nn.Module):
         self.attention, self.convolution = Attention(config), Convolution(config)
         self.norm, self.dropout = nn.LayerNorm(config.dim), nn.Dropout(config.dropout)
 
-    def forward(self, x, mask, valid):
+    def forward(self, x, mask, valid, past=(None, None)):
+        """past: what attention and convolution remember of the frames before x -> (B, T, d), the same of all so far."""
         x = x + 0.5 * self.dropout(self.feed_forward1(x))
-        x = x + self.dropout(self.attention(x, mask))
-        x = x + self.dropout(self.convolution(x, valid))
+        y, keys = self.attention(x, mask, past[0])
+        x = x + self.dropout(y)
+        y, heard = self.convolution(x, valid, past[1])
+        x = x + self.dropout(y)
         x = x + 0.5 * self.dropout(self.feed_forward2(x))
-        return self.norm(x)
+        return self.norm(x), (keys, heard)
 
 
 class Encoder(nn.Module):
     """features (B, F, 80), lengths (B,) -> hidden (B, T, d), lengths (B,). An utterance's output does not depend on its
-    batch."""
+    batch.
+
+    chunk: frames heard at once, instead of config.chunk. The attention of a chunk sees the whole chunk and config.left
+    frames before it, the convolutions look back only: `stream` gives the same output chunk by chunk.
+    """
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.subsampling, self.dropout = Subsampling(config), nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
 
-    def forward(self, features, lengths):
+    def forward(self, features, lengths, chunk=None):
         x, lengths = self.subsampling(features, lengths)
         valid = valid_mask(lengths, x.shape[1])
+        mask = valid[:, None, None, :]
+        chunk = self.config.chunk if chunk is None else chunk
+        if chunk == RANDOM:  # torch's own generator, which every training step seeds: a resumed run draws the same
+            chunk = RANDOM_CHUNKS[torch.randint(len(RANDOM_CHUNKS), ()).item()] if self.training else 0
+        if chunk:
+            t = torch.arange(x.shape[1], device=x.device)
+            start = (t // chunk * chunk)[:, None]
+            mask = mask & (start - self.config.left <= t) & (t < start + chunk) | (t == t[:, None])  # padding: itself
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, valid[:, None, None, :], valid)
+            x, _ = block(x, mask, valid)
         return x, lengths
+
+    def stream(self, x, past=None):
+        """One more chunk of subsampled features (B, C, d) -> hidden (B, C, d), the past of the next chunk. What is kept
+        is as long as config.left and config.kernel say, however long the audio."""
+        valid, kept = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), []
+        for block, before in zip(self.blocks, past or [(None, None)] * len(self.blocks)):
+            x, (keys, heard) = block(x, None, valid, before)
+            kept.append((keys[:, :, :, max(0, keys.shape[3] - self.config.left):], heard))
+        return x, kept
 
 
 # ---------------------------------------------------------------------------- transducer parts (arXiv 1211.3711)
@@ -170,13 +230,10 @@ class StatelessPredictor(nn.Module):
         self.mix = nn.Conv1d(config.predictor_dim, config.predictor_dim, 2, groups=config.predictor_dim)
 
     def forward(self, labels, state=None):
-        """labels (B, U), state (B, 1) the label before them -> (B, U, P), state. A sequence starts with blank."""
+        """labels (B, U), state (B, 1) the label before them -> (B, U, P), state. A sequence starts with blank. The
+        first axis of a state is the batch, so a search picks rows by an index."""
         labels = torch.cat([torch.full_like(labels[:, :1], BLANK) if state is None else state, labels], dim=1)
         return F.relu(self.mix(self.embedding(labels).transpose(1, 2)).transpose(1, 2)), labels[:, -1:]
-
-    def select(self, emitted, new, old):
-        """States of the rows of a batch: new where emitted (B,) is True, else old."""
-        return torch.where(emitted[:, None], new, old)
 
 
 class LSTMPredictor(nn.Module):
@@ -186,10 +243,10 @@ class LSTMPredictor(nn.Module):
         self.lstm = nn.LSTM(config.predictor_dim, config.predictor_dim, batch_first=True)
 
     def forward(self, labels, state=None):
-        return self.lstm(self.embedding(labels), state)
-
-    def select(self, emitted, new, old):
-        return tuple(torch.where(emitted[None, :, None], n, o) for n, o in zip(new, old))
+        """labels (B, U), state (B, 2, P) of the LSTM -> (B, U, P), state"""
+        state = None if state is None else tuple(x[None].contiguous() for x in state.unbind(1))
+        x, (h, c) = self.lstm(self.embedding(labels), state)
+        return x, torch.stack([h[0], c[0]], dim=1)
 
 
 class Joiner(nn.Module):

@@ -107,6 +107,11 @@ def options(argv):
     group.add_argument("--size", choices=list(model.PRESETS), default="nano",
                        help="student (default %(default)s; with a vocabulary of 256: nano 3.0 M parameters, "
                        "small 9.5 M, medium 31 M, large 115 M)")
+    group.add_argument("--chunk", type=model.chunk_size, default=0, metavar="FRAMES|random",
+                       help="a streaming student, which hears so many frames of 40 ms at once; 'random': one that can "
+                       "do both (default: the whole utterance)")
+    group.add_argument("--left", type=int, default=64, metavar="FRAMES",
+                       help="frames before its chunk that a streaming student sees (default %(default)s)")
     group.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
     running.add_training_options(parser, out="exp/pretrain", steps=1050)
     args = parser.parse_args(argv)
@@ -340,9 +345,10 @@ def main(argv=None):
 
     # ---- student
     torch.manual_seed(args.seed)
-    student = model.Student(replace(model.PRESETS[args.size], head_dims=tuple(head.width for head in heads))).to(device)
+    student = model.Student(replace(model.PRESETS[args.size], head_dims=tuple(head.width for head in heads),
+                                    chunk=args.chunk, left=args.left)).to(device)
     say(f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, heads "
-        f"{', '.join(f'{head.name} {head.width}' for head in heads)}")
+        f"{', '.join(f'{head.name} {head.width}' for head in heads)}, {student.config.listening}")
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
 
     def compute_loss(batch):

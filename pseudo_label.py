@@ -24,6 +24,7 @@ import soundfile
 import torch
 import torchaudio
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -114,7 +115,7 @@ class Recogniser:
         if self.ours:
             student, tokenizer = self.ours
             features = [data.log_mel(w) for w in waveforms]
-            batch = data.Batch([], torch.nn.utils.rnn.pad_sequence(features, batch_first=True),
+            batch = data.Batch(list(map(str, range(len(features)))), pad_sequence(features, batch_first=True),
                                torch.tensor([len(f) for f in features]), None, None, None, None, 0.0)
             return decode.transcribe(student, tokenizer, batch, self.device)[0]
         inputs = [{"raw": w.numpy(), "sampling_rate": data.SAMPLE_RATE} for w in waveforms]

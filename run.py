@@ -134,7 +134,7 @@ def check_training_options(args):
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, found {value}")
     for name in ("workers", "ctc_weight", "freeze_steps", "kd_weight", "kd_shift", "pseudo_weight",
-                 "bert_weight", "bert_lambda"):
+                 "bert_weight", "bert_lambda", "left"):
         value = getattr(args, name, None)
         if value is not None and not value >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, found {value}")

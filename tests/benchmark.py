@@ -16,11 +16,11 @@ import torchaudio
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-import decode
 import losses
 import model
 import pretrain_kd
 import run as running
+import search
 
 DEVICE, DTYPE, WHY = running.choose_device()
 
@@ -160,29 +160,74 @@ def teacher(repeat, batch_seconds, specs):
           f"cached step / student {cached / student:.2f}")
 
 
-def decoding(repeat, batch_seconds):
-    """RTF of the small student. Random weights babble: the search is dearer than after training."""
-    utterances = data.load_utterances(running.DEMO / "corpus/test", transcribed=True)
-    tokenizer = data.train_tokenizer([u.text for u in utterances], 256, 10)
-    student = model.Student(replace(model.PRESETS["small"], vocab_size=tokenizer.get_vocab_size())).to(DEVICE).eval()
-    batch = next(data.Loader(utterances, batch_seconds).epoch()).to(DEVICE)
-    with torch.no_grad():
-        hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
-        ways = {"encoder": lambda: student.encoder(batch.features, batch.feature_lengths)}
-        for name, search in decode.METHODS.items():
-            ways[f"greedy {name}"] = functools.partial(search, student, hidden, lengths)
-        seconds = medians(ways, repeat)
-    labels = sum(map(len, decode.greedy_transducer(student, hidden, lengths)))
-    print(f"{len(batch.ids)} utterances, {batch.seconds:.0f} s; {labels / batch.seconds:.0f} labels emitted per second")
-    print("| part | ms | RTF |\n|---|---|---|")
+class ForTorchaudio:
+    """Our student in the shape that torchaudio's RNNTBeamSearch wants: blank is the last label, not the first."""
+
+    def __init__(self, student):
+        self.student, self.blank = student, student.config.vocab_size - 1
+
+    def transcribe(self, hidden, lengths):
+        return hidden, lengths                                          # searches are compared on the same hidden states
+
+    def predict(self, labels, lengths, state):
+        out, state = self.student.predictor(torch.where(labels == self.blank, 0, labels + 1), state and state[0][0])
+        return out, lengths, [[state]]
+
+    def join(self, hidden, lengths, predicted, predicted_lengths):
+        return self.student.joiner(hidden, predicted).roll(-1, -1), lengths, predicted_lengths
+
+
+@torch.no_grad()
+def decoding(repeat, _):
+    """The small student and 100 utterances of 12 s, in the batches of decode.py; torchaudio, one utterance at a time, on
+    two of them. Its weights are random, with a blank that leaves about as many labels as speech has."""
+    audio = torch.cat([data.load_audio(u.path) for u in data.load_utterances(running.DEMO / "corpus/test")])
+    features = torch.stack([data.log_mel(audio[i * 50_000:][:12 * 16_000]) for i in range(100)]).to(DEVICE)
+    lengths = torch.full((10,), features.shape[1], device=DEVICE)
+    student = model.Student(replace(model.PRESETS["small"], vocab_size=256)).to(DEVICE).eval()
+    encode = lambda: [student.encoder(batch, lengths) for batch in features.split(10)]
+    batches = encode()
+    logits = student.joiner(batches[0][0], student.predict(torch.zeros(10, 0, dtype=torch.long, device=DEVICE)))
+    student.joiner.out.bias[0] += (logits[..., 1:].amax(-1) - logits[..., 0]).quantile(0.8)
+    hidden, T = batches[0][0][:2], batches[0][1][:1]
+
+    def ours(new_search):
+        said = 0
+        for states, frames in batches:
+            one = new_search(student, len(states))
+            one.advance(states, frames)
+            said += sum(len(best.tokens) for best, *_ in one.results())
+        return said
+
+    def alone(new_search):
+        for states in hidden:
+            new_search(student, 1).advance(states[None], T)
+
+    def theirs(beam):
+        wrapped = ForTorchaudio(student)
+        for states in hidden:
+            torchaudio.models.RNNTBeamSearch(wrapped, wrapped.blank)(states, T[0], beam)
+
+    beam = lambda k: functools.partial(search.BeamTransducer, beam=k)
+    ways = {"encoder": (encode, 1200), "greedy CTC": (lambda: ours(search.GreedyCTC), 1200),
+            "greedy transducer": (lambda: ours(search.GreedyTransducer), 1200),
+            "greedy transducer, one by one": (lambda: alone(search.GreedyTransducer), 24),
+            "torchaudio, beam 1": (lambda: theirs(1), 24)}
+    for k in (4, 8):
+        ways |= {f"beam {k}": (lambda k=k: ours(beam(k)), 1200),
+                 f"beam {k}, one by one": (lambda k=k: alone(beam(k)), 24),
+                 f"torchaudio, beam {k}": (lambda k=k: theirs(k), 24)}
+    seconds = medians({name: way for name, (way, _) in ways.items()}, repeat)
+    print(f"small student, 100 utterances of 12 s; {ours(search.GreedyTransducer) / 1200:.1f} labels emitted per second")
+    print("| part | RTF |\n|---|---|")
     for name, s in seconds.items():
-        print(f"| {name} | {1000 * s:.0f} | {s / batch.seconds:.4f} |")
+        print(f"| {name} | {s / ways[name][1]:.5f} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["loss", "train", "teacher", "decode"])
-    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--repeat", type=int, help="default: 10, or 3 for decode")
     parser.add_argument("--batch-seconds", type=float, default=24)
     parser.add_argument("--teachers", nargs="+",
                         default=[str(running.DEMO / "teachers" / name) for name in ("hubert", "whisper")])
@@ -192,4 +237,4 @@ if __name__ == "__main__":
     print(WHY)
     ways = {"loss": loss, "train": train, "decode": decoding,
             "teacher": functools.partial(teacher, specs=args.teachers)}
-    ways[args.what](args.repeat, args.batch_seconds)
+    ways[args.what](args.repeat or (3 if args.what == "decode" else 10), args.batch_seconds)

@@ -56,7 +56,7 @@ def test_predictor_label_by_label_equals_all_at_once(kind):
         out, new = student.predictor(targets[:, u:u + 1], state)
         torch.testing.assert_close(out[:, 0], whole[:, u + 1])
         # rows 0 and 2 take the new state, row 1 keeps the old: the next output shows it
-        mixed = student.predictor.select(torch.tensor([True, False, True]), new, state)
+        mixed = torch.stack([new[0], state[1], new[2]])
         label = torch.full((3, 1), 4)
         after_mixed, after_new, after_old = (student.predictor(label, s)[0] for s in (mixed, new, state))
         torch.testing.assert_close(after_mixed, torch.stack([after_new[0], after_old[1], after_new[2]]))

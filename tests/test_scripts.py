@@ -1,6 +1,5 @@
 """The three scripts from end to end: tiny budgets, a few utterances of the demo, two tiny random teachers."""
 
-import argparse
 import json
 import os
 import re
@@ -286,11 +285,11 @@ def test_one_batch_can_be_learned_by_heart(demo_utterances):
             joiner_dim=64,
         )
     )
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    optimizer, options = torch.optim.AdamW(student.parameters(), lr=3e-3), finetune_rnnt.parse([])
     for step in range(300):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 20)
-        loss, count, _ = finetune_rnnt.stage2_loss(student, batch, argparse.Namespace(ctc_weight=0.3, kd_weight=0.0))
+        loss, count, _ = finetune_rnnt.stage2_loss(student, batch, options)
         optimizer.zero_grad()
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
