@@ -13,6 +13,7 @@ import torchaudio
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+import decode
 import losses
 import model
 import pretrain_kd
@@ -86,7 +87,7 @@ class ForTorchaudio:
         self.student, self.blank = student, student.config.vocab_size - 1
 
     def transcribe(self, hidden, lengths):
-        return hidden, lengths                                          # searches are compared on the same hidden states
+        return hidden, lengths                                          # searches start from the same hidden states
 
     def predict(self, labels, lengths, state):
         out, state = self.student.predictor(torch.where(labels == self.blank, 0, labels + 1), state and state[0][0])
@@ -97,17 +98,24 @@ class ForTorchaudio:
 
 
 @torch.no_grad()
-def decoding(repeat, _):
-    """The small student and 100 utterances of 12 s, in the batches of decode.py; torchaudio, one utterance at a time, on
-    two of them. Its weights are random, with a blank that leaves about as many labels as speech has."""
+def decoding(repeat, checkpoint):
+    """100 utterances of 12 s in the batches of decode.py; torchaudio takes one at a time, and two of them will do.
+
+    Without a checkpoint the small student with random weights, and a blank that leaves about as many labels as speech
+    has. Where such a student speaks at all it does not stop: so one label a frame, here and there.
+    """
     audio = torch.cat([data.load_audio(u.path) for u in data.load_utterances(running.DEMO / "corpus/test")])
     features = torch.stack([data.log_mel(audio[i * 50_000:][:12 * 16_000]) for i in range(100)]).to(DEVICE)
     lengths = torch.full((10,), features.shape[1], device=DEVICE)
-    student = model.Student(replace(model.PRESETS["small"], vocab_size=256)).to(DEVICE).eval()
+    if checkpoint:
+        student, limit = decode.load_recogniser(checkpoint, DEVICE)[0], 5
+    else:
+        student, limit = model.Student(replace(model.PRESETS["small"], vocab_size=256)).to(DEVICE).eval(), 1
     encode = lambda: [student.encoder(batch, lengths) for batch in features.split(10)]
     batches = encode()
-    logits = student.joiner(batches[0][0], student.predict(torch.zeros(10, 0, dtype=torch.long, device=DEVICE)))
-    student.joiner.out.bias[0] += (logits[..., 1:].amax(-1) - logits[..., 0]).quantile(0.8)
+    if not checkpoint:
+        logits = student.joiner(batches[0][0], student.predict(torch.zeros(10, 0, dtype=torch.long, device=DEVICE)))
+        student.joiner.out.bias[0] += (logits[..., 1:].amax(-1) - logits[..., 0]).quantile(0.5)
     hidden, T = batches[0][0][:2], batches[0][1][:1]
 
     def ours(new_search):
@@ -118,6 +126,9 @@ def decoding(repeat, _):
             said += sum(len(best.tokens) for best, *_ in one.results())
         return said
 
+    def at_once():
+        greedy(student, 100).advance(torch.cat([states for states, _ in batches]), torch.cat([n for _, n in batches]))
+
     def alone(new_search):
         for states in hidden:
             new_search(student, 1).advance(states[None], T)
@@ -125,19 +136,22 @@ def decoding(repeat, _):
     def theirs(beam):
         wrapped = ForTorchaudio(student)
         for states in hidden:
-            torchaudio.models.RNNTBeamSearch(wrapped, wrapped.blank)(states, T[0], beam)
+            torchaudio.models.RNNTBeamSearch(wrapped, wrapped.blank, step_max_tokens=limit)(states, T[0], beam)
 
-    beam = lambda k: functools.partial(search.BeamTransducer, beam=k)
+    greedy = functools.partial(search.GreedyTransducer, max_symbols=limit)
+    beam = lambda k: functools.partial(search.BeamTransducer, beam=k, max_symbols=limit)
     ways = {"encoder": (encode, 1200), "greedy CTC": (lambda: ours(search.GreedyCTC), 1200),
-            "greedy transducer": (lambda: ours(search.GreedyTransducer), 1200),
-            "greedy transducer, one by one": (lambda: alone(search.GreedyTransducer), 24),
+            "greedy transducer": (lambda: ours(greedy), 1200),
+            "greedy transducer, all 100 at once": (at_once, 1200),
+            "greedy transducer, one by one": (lambda: alone(greedy), 24),
             "torchaudio, beam 1": (lambda: theirs(1), 24)}
     for k in (4, 8):
         ways |= {f"beam {k}": (lambda k=k: ours(beam(k)), 1200),
                  f"beam {k}, one by one": (lambda k=k: alone(beam(k)), 24),
                  f"torchaudio, beam {k}": (lambda k=k: theirs(k), 24)}
     seconds = medians({name: way for name, (way, _) in ways.items()}, repeat)
-    print(f"small student, 100 utterances of 12 s; {ours(search.GreedyTransducer) / 1200:.1f} labels emitted per second")
+    print(f"{student.parameter_count / 1e6:.1f} M student, 100 utterances of 12 s; {ours(greedy) / 1200:.1f} labels "
+          f"emitted per second")
     print("| part | RTF |\n|---|---|")
     for name, s in seconds.items():
         print(f"| {name} | {s / ways[name][1]:.5f} |")
@@ -147,10 +161,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["loss", "train", "decode"])
     parser.add_argument("--repeat", type=int, help="default: 10, or 3 for decode")
-    parser.add_argument("--batch-seconds", type=float, default=24)
+    parser.add_argument("--batch-seconds", type=float, default=24, help="for train")
+    parser.add_argument("--checkpoint", help="for decode: a trained student instead of a random one")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     print(WHY)
-    {"loss": loss, "train": train, "decode": decoding}[args.what](args.repeat or (3 if args.what == "decode" else 10),
-                                                                    args.batch_seconds)
+    repeat = args.repeat or (3 if args.what == "decode" else 10)
+    if args.what == "decode":
+        decoding(repeat, args.checkpoint)
+    else:
+        {"loss": loss, "train": train}[args.what](repeat, args.batch_seconds)
