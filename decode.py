@@ -372,8 +372,8 @@ def stream(source, student, tokenizer, new_search, chunk, device, dtype):
         raise UserError(f"{source}: shorter than 40 ms, nothing to hear")
     compute = torch.tensor(compute)
     print(f"{frames * SECONDS:.1f} s in {len(compute)} chunks of {40 * chunk} ms; latency: {waiting:.1f} ms to hear a "
-          f"chunk and what its last frame hears beyond, {compute.mean():.1f} ms to compute ({compute.max():.1f} at most);"
-          f" RTF {compute.sum() / (1000 * frames * SECONDS):.4f}", file=sys.stderr)
+          f"chunk and what its last frame hears beyond, {compute.mean():.1f} ms to compute ({compute.max():.1f} at "
+          f"most); RTF {compute.sum() / (1000 * frames * SECONDS):.4f}", file=sys.stderr)
     return 0
 
 

@@ -243,10 +243,16 @@ class LSTMPredictor(nn.Module):
         self.lstm = nn.LSTM(config.predictor_dim, config.predictor_dim, batch_first=True)
 
     def forward(self, labels, state=None):
-        """labels (B, U), state (B, 2, P) of the LSTM -> (B, U, P), state"""
-        state = None if state is None else tuple(x[None].contiguous() for x in state.unbind(1))
-        x, (h, c) = self.lstm(self.embedding(labels), state)
-        return x, torch.stack([h[0], c[0]], dim=1)
+        """labels (B, U), U = 1 with a state (B, 2, P) of the LSTM -> (B, U, P), state. One more label goes through the
+        bare cell: for a single step the kernel of the whole LSTM is several times slower."""
+        x = self.embedding(labels)
+        if state is None:
+            x, (h, c) = self.lstm(x)
+            h, c = h[0], c[0]
+        else:
+            h, c = torch.lstm_cell(x[:, 0], state.unbind(1), *self.lstm.all_weights[0])
+            x = h[:, None]
+        return x, torch.stack([h, c], dim=1)
 
 
 class Joiner(nn.Module):

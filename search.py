@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy
 import torch
+import torch.nn.functional as F
 
 from data import normalise
 from losses import BLANK, valid_mask
@@ -33,9 +34,16 @@ class Hypothesis:
     score: float = 0.0          # log-probability
 
 
+AHEAD = 4                       # frames that greedy search looks at at once
+
+
 class GreedyTransducer:
-    """Frame by frame for the whole batch at once: a row goes on emitting until blank wins or it has emitted
-    `max_symbols`; only rows that emit ask the predictor. Scores are those of the one path."""
+    """The best label of each frame, until blank is the best or `max_symbols` were emitted; for the whole batch at once.
+
+    Every row has its own place: it looks at the next AHEAD frames, passes those that say blank and emits the label of
+    the first that does not ("label looping", arXiv 2406.06220): fewer steps than frames and labels together. Scores are
+    those of the one path.
+    """
 
     @torch.no_grad()
     def __init__(self, student, B=1, max_symbols=5):
@@ -48,21 +56,31 @@ class GreedyTransducer:
     @torch.no_grad()
     def advance(self, hidden, lengths):
         joiner, predictor = self.student.joiner, self.student.predictor
-        encoded = joiner.encoder(hidden)
-        for t in range(hidden.shape[1]):
-            rows = (t < lengths).nonzero()[:, 0]
-            for _ in range(self.max_symbols):
-                log_probs = joiner.out(torch.tanh(encoded[rows, t] + self.predicted[rows])).log_softmax(-1)
-                best, label = log_probs.max(-1)
-                self.score[rows] += best
-                emitted = label != BLANK
-                rows, label, best = rows[emitted], label[emitted], best[emitted]
-                if not len(rows):
-                    break
-                out, self.state[rows] = predictor(label[:, None], self.state[rows])
-                self.predicted[rows] = joiner.predictor(out[:, 0])
-                for row, *token in zip(rows.tolist(), label.tolist(), best.exp().tolist()):
-                    self.said[row].append(Token(token[0], self.frame + t, token[1]))
+        encoded = F.pad(joiner.encoder(hidden), (0, 0, 0, AHEAD))
+        now, count = torch.zeros_like(lengths), torch.zeros_like(lengths)    # a row's frame, its labels in that frame
+        while len(rows := (now < lengths).nonzero()[:, 0]):
+            frames = now[rows, None] + torch.arange(AHEAD, device=hidden.device)                       # (rows, AHEAD)
+            logits = joiner.out(torch.tanh(encoded[rows[:, None], frames] + self.predicted[rows, None]))
+            best, label = logits.log_softmax(-1).max(-1)
+            inside = frames < lengths[rows, None]
+            speaks = (label != BLANK) & inside
+            silent = inside & (speaks.cumsum(1) == 0)                           # up to the first label
+            passed = silent.sum(1)
+            self.score[rows] += (best * silent).sum(1)
+            now[rows] += passed
+            count[rows] *= passed == 0
+            # ---- those that emit
+            at = speaks.any(1).nonzero()[:, 0]
+            rows, label, best = rows[at], label[at, passed[at]], best[at, passed[at]]
+            if not len(rows):
+                continue
+            for row, frame, x, p in zip(*(x.tolist() for x in (rows, now[rows], label, best.exp()))):
+                self.said[row].append(Token(x, self.frame + frame, p))
+            self.score[rows] += best
+            out, self.state[rows] = predictor(label[:, None], self.state[rows])
+            self.predicted[rows] = joiner.predictor(out[:, 0])
+            full = count[rows] + 1 == self.max_symbols
+            now[rows], count[rows] = now[rows] + full, (count[rows] + 1) * ~full
         self.frame += hidden.shape[1]
 
     def results(self):
@@ -139,48 +157,53 @@ class BeamTransducer:
     def step(self, encoded, alive):
         """One frame, encoded (B, 1, J), of the rows that are alive (B,) -> for each hypothesis (B, beam) its parent
         and the labels it emitted here with their log-probabilities (B, beam, max_symbols)."""
-        B, K = self.score.shape
-        rows, device = torch.arange(B, device=alive.device)[:, None], alive.device
-        parent = torch.arange(K, device=device).expand(B, K)
-        labels = torch.zeros(B, K, self.max_symbols, dtype=torch.long, device=device)
-        now = [self.score, self.key, self.due, parent, labels, torch.zeros_like(labels, dtype=torch.float),
-               self.predicted, self.state, self.text]                           # all (B, K, ...)
-        done = []                                                               # the same after blank
-        for s in range(self.max_symbols + 1):
-            score, _, due, _, _, _, predicted, *_ = now
+        (B, K), S, device = self.score.shape, self.max_symbols, alive.device
+        rows, columns = torch.arange(B, device=device)[:, None], torch.arange(K, device=device).expand(B, K)
+        # what belongs to a hypothesis, (B, K, ...), in few tensors: key, parent, labels; what is due, labels' log_probs
+        ints = F.pad(torch.stack([self.key, columns], 2), (0, S))
+        floats = F.pad(self.due[..., None], (0, S))
+        score, predicted, state, text = self.score, self.predicted, self.state, self.text
+        done = []                                                               # after their blank
+        for s in range(S + 1):
             log_probs = self.student.joiner.out(torch.tanh(encoded + predicted)).log_softmax(-1)       # (B, K, V)
             blank = log_probs[..., BLANK].masked_fill(~alive[:, None], 0)       # behind the end only blank, for nothing
-            done.append([score + blank, *now[1:]])
-            grown = score[..., None] + log_probs + (due[..., None] * self.fusion.starts if self.fusion else 0)
+            done.append((score + blank, ints, floats, predicted, state, text))
+            if s == S:
+                break
+            grown = score[..., None] + log_probs
+            if self.fusion:
+                grown += floats[..., :1] * self.fusion.starts
             grown[..., BLANK] = -torch.inf
-            grown[~alive] = -torch.inf
             # a score only sinks, so what is below the best that are done cannot come back
             worst = torch.cat([x[0] for x in done], 1).topk(K)[0][:, -1:]
             score, choice = grown.flatten(1).topk(K)
-            score = score.masked_fill(score <= worst, -torch.inf)
-            live = score > -torch.inf
-            if s == self.max_symbols or not live.any():
+            live = (score > worst) & alive[:, None]
+            if not live.any():
                 break
             origin, label = choice // log_probs.shape[-1], choice % log_probs.shape[-1]
-            now = [pick(x, rows, origin) for x in now]
-            now[0] = score
-            now[1] = now[1] * 1_000_003 + label
-            now[4][..., s], now[5][..., s] = label, log_probs[rows, origin, label]
-            out, now[7][live] = self.student.predictor(label[live][:, None], now[7][live])
-            now[6][live] = self.student.joiner.predictor(out[:, 0])
+            score = score.masked_fill(~live, -torch.inf)
+            ints, floats, predicted, state = (x[rows, origin] for x in (ints, floats, predicted, state))
+            ints[..., 0] = ints[..., 0] * 1_000_003 + label
+            ints[..., 2 + s], floats[..., 1 + s] = label, log_probs[rows, origin, label]
+            out, state[live] = self.student.predictor(label[live][:, None], state[live])
+            predicted[live] = self.student.joiner.predictor(out[:, 0])
             if self.fusion:
-                now[8], now[2][live] = self.fusion.extend(now[8], live, label)
-        # ---- those that have said the same become one, of which the best is remembered
-        done = [numpy.concatenate(x, 1) if isinstance(x[0], numpy.ndarray) else torch.cat(x, 1) for x in zip(*done)]
-        score, order = done[0].sort(1, descending=True)
-        key = done[1].gather(1, order)
-        same = key[:, :, None] == key[:, None]
-        total = score[:, None].expand_as(same).masked_fill(~same, -torch.inf).logsumexp(2)
-        score, best = total.masked_fill(same.tril(-1).any(2), -torch.inf).topk(K)
-        _, self.key, self.due, parent, labels, sure, self.predicted, self.state, self.text = (
-            pick(x, rows, order.gather(1, best)) for x in done)
-        self.score = score
-        return parent, labels, sure
+                text, floats[..., 0][live] = self.fusion.extend(pick(text, origin), live, label)
+        score, ints, floats, predicted, state = (torch.cat(x, 1) for x in list(zip(*done))[:5])
+        if len(done) > 1:
+            # ---- those that have said the same become one, of which the best is remembered
+            score, order = score.sort(1, descending=True)
+            key = ints[..., 0].gather(1, order)
+            same = key[:, :, None] == key[:, None]
+            score = score[:, None].expand_as(same).masked_fill(~same, -torch.inf).logsumexp(2)
+            score, columns = score.masked_fill(same.tril(-1).any(2), -torch.inf).topk(K)
+            columns = order.gather(1, columns)
+            ints, floats, predicted, state = (x[rows, columns] for x in (ints, floats, predicted, state))
+            if self.fusion:
+                self.text = pick(numpy.concatenate([x[5] for x in done], 1), columns)
+        self.score, self.key, self.due = score, ints[..., 0], floats[..., 0]
+        self.predicted, self.state = predicted, state
+        return ints[..., 1], ints[..., 2:], floats[..., 1:]
 
     def results(self):
         final = self.score + self.due
@@ -189,9 +212,9 @@ class BeamTransducer:
         return [sorted(row, key=lambda h: h.score / (len(h.tokens) + 1), reverse=True) for row in rows]
 
 
-def pick(x, rows, columns):
-    """x[b, columns[b, k]] as (B, K, ...); x is a tensor or, of Python objects, a numpy array."""
-    return x[rows.cpu().numpy(), columns.cpu().numpy()] if isinstance(x, numpy.ndarray) else x[rows, columns]
+def pick(x, columns):
+    """x[b, columns[b, k]] (B, K) of an array of Python objects."""
+    return numpy.take_along_axis(x, columns.cpu().numpy(), 1)
 
 
 # ---------------------------------------------------------------------------- language models

@@ -16,6 +16,7 @@ import torchaudio
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+import decode
 import losses
 import model
 import pretrain_kd
@@ -74,8 +75,8 @@ def peak_memory(name, shape):
     return in_status("VmHWM") - before
 
 
-def loss(repeat, _):
-    print(f"{torch.get_num_threads()} threads; forward + backward; memory beyond the inputs in multiples of the logits'")
+def loss(repeat):
+    print(f"{torch.get_num_threads()} threads; forward + backward; memory beyond the inputs in multiples of the logits")
     print("| (B, T, U+1, V) | loss | ms | / torchaudio | memory / logits |\n|---|---|---|---|---|")
     for shape in ((8, 100, 21, 128), (8, 250, 40, 500), (8, 400, 80, 500)):
         seconds = medians(transducer_ways(*shape), repeat)
@@ -167,7 +168,7 @@ class ForTorchaudio:
         self.student, self.blank = student, student.config.vocab_size - 1
 
     def transcribe(self, hidden, lengths):
-        return hidden, lengths                                          # searches are compared on the same hidden states
+        return hidden, lengths                                          # searches start from the same hidden states
 
     def predict(self, labels, lengths, state):
         out, state = self.student.predictor(torch.where(labels == self.blank, 0, labels + 1), state and state[0][0])
@@ -178,17 +179,24 @@ class ForTorchaudio:
 
 
 @torch.no_grad()
-def decoding(repeat, _):
-    """The small student and 100 utterances of 12 s, in the batches of decode.py; torchaudio, one utterance at a time, on
-    two of them. Its weights are random, with a blank that leaves about as many labels as speech has."""
+def decoding(repeat, checkpoint):
+    """100 utterances of 12 s in the batches of decode.py; torchaudio takes one at a time, and two of them will do.
+
+    Without a checkpoint the small student with random weights, and a blank that leaves about as many labels as speech
+    has. Where such a student speaks at all it does not stop: so one label a frame, here and there.
+    """
     audio = torch.cat([data.load_audio(u.path) for u in data.load_utterances(running.DEMO / "corpus/test")])
     features = torch.stack([data.log_mel(audio[i * 50_000:][:12 * 16_000]) for i in range(100)]).to(DEVICE)
     lengths = torch.full((10,), features.shape[1], device=DEVICE)
-    student = model.Student(replace(model.PRESETS["small"], vocab_size=256)).to(DEVICE).eval()
+    if checkpoint:
+        student, limit = decode.load_recogniser(checkpoint, DEVICE)[0], 5
+    else:
+        student, limit = model.Student(replace(model.PRESETS["small"], vocab_size=256)).to(DEVICE).eval(), 1
     encode = lambda: [student.encoder(batch, lengths) for batch in features.split(10)]
     batches = encode()
-    logits = student.joiner(batches[0][0], student.predict(torch.zeros(10, 0, dtype=torch.long, device=DEVICE)))
-    student.joiner.out.bias[0] += (logits[..., 1:].amax(-1) - logits[..., 0]).quantile(0.8)
+    if not checkpoint:
+        logits = student.joiner(batches[0][0], student.predict(torch.zeros(10, 0, dtype=torch.long, device=DEVICE)))
+        student.joiner.out.bias[0] += (logits[..., 1:].amax(-1) - logits[..., 0]).quantile(0.5)
     hidden, T = batches[0][0][:2], batches[0][1][:1]
 
     def ours(new_search):
@@ -199,6 +207,9 @@ def decoding(repeat, _):
             said += sum(len(best.tokens) for best, *_ in one.results())
         return said
 
+    def at_once():
+        greedy(student, 100).advance(torch.cat([states for states, _ in batches]), torch.cat([n for _, n in batches]))
+
     def alone(new_search):
         for states in hidden:
             new_search(student, 1).advance(states[None], T)
@@ -206,19 +217,22 @@ def decoding(repeat, _):
     def theirs(beam):
         wrapped = ForTorchaudio(student)
         for states in hidden:
-            torchaudio.models.RNNTBeamSearch(wrapped, wrapped.blank)(states, T[0], beam)
+            torchaudio.models.RNNTBeamSearch(wrapped, wrapped.blank, step_max_tokens=limit)(states, T[0], beam)
 
-    beam = lambda k: functools.partial(search.BeamTransducer, beam=k)
+    greedy = functools.partial(search.GreedyTransducer, max_symbols=limit)
+    beam = lambda k: functools.partial(search.BeamTransducer, beam=k, max_symbols=limit)
     ways = {"encoder": (encode, 1200), "greedy CTC": (lambda: ours(search.GreedyCTC), 1200),
-            "greedy transducer": (lambda: ours(search.GreedyTransducer), 1200),
-            "greedy transducer, one by one": (lambda: alone(search.GreedyTransducer), 24),
+            "greedy transducer": (lambda: ours(greedy), 1200),
+            "greedy transducer, all 100 at once": (at_once, 1200),
+            "greedy transducer, one by one": (lambda: alone(greedy), 24),
             "torchaudio, beam 1": (lambda: theirs(1), 24)}
     for k in (4, 8):
         ways |= {f"beam {k}": (lambda k=k: ours(beam(k)), 1200),
                  f"beam {k}, one by one": (lambda k=k: alone(beam(k)), 24),
                  f"torchaudio, beam {k}": (lambda k=k: theirs(k), 24)}
     seconds = medians({name: way for name, (way, _) in ways.items()}, repeat)
-    print(f"small student, 100 utterances of 12 s; {ours(search.GreedyTransducer) / 1200:.1f} labels emitted per second")
+    print(f"{student.parameter_count / 1e6:.1f} M student, 100 utterances of 12 s; {ours(greedy) / 1200:.1f} labels "
+          f"emitted per second")
     print("| part | RTF |\n|---|---|")
     for name, s in seconds.items():
         print(f"| {name} | {s / ways[name][1]:.5f} |")
@@ -228,13 +242,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["loss", "train", "teacher", "decode"])
     parser.add_argument("--repeat", type=int, help="default: 10, or 3 for decode")
-    parser.add_argument("--batch-seconds", type=float, default=24)
-    parser.add_argument("--teachers", nargs="+",
+    parser.add_argument("--batch-seconds", type=float, default=24, help="for train and teacher")
+    parser.add_argument("--teachers", nargs="+", help="for teacher",
                         default=[str(running.DEMO / "teachers" / name) for name in ("hubert", "whisper")])
+    parser.add_argument("--checkpoint", help="for decode: a trained student instead of a random one")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     print(WHY)
-    ways = {"loss": loss, "train": train, "decode": decoding,
-            "teacher": functools.partial(teacher, specs=args.teachers)}
-    ways[args.what](args.repeat or (3 if args.what == "decode" else 10), args.batch_seconds)
+    repeat = args.repeat or (3 if args.what == "decode" else 10)
+    {"loss": lambda: loss(repeat), "train": lambda: train(repeat, args.batch_seconds),
+     "teacher": lambda: teacher(repeat, args.batch_seconds, args.teachers),
+     "decode": lambda: decoding(repeat, args.checkpoint)}[args.what]()

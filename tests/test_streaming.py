@@ -42,8 +42,8 @@ def test_a_frame_depends_on_its_chunk_and_the_left_context_only(chunk, left):
         [gradient] = torch.autograd.grad(hidden[0, t].square().sum(), seen["x"], retain_graph=True)
         depends = set(gradient[0].abs().sum(-1).nonzero()[:, 0].tolist())
         expected = set()
-        for s in range(max(0, t - 2), t + 1):                               # causal convolution of three frames, each ...
-            start = s // chunk * chunk                                      # ... after an attention over its own chunk
+        for s in range(max(0, t - 2), t + 1):                       # causal convolution of three frames, each ...
+            start = s // chunk * chunk                              # ... after an attention over its own chunk
             expected |= set(range(max(0, start - left), min(start + chunk, T)))
         assert depends == expected, t
 
@@ -174,8 +174,8 @@ def test_a_file_in_blocks_is_the_file(rate, channels, subtype, seconds, tmp_path
 # ---------------------------------------------------------------------------- long recordings
 
 def test_pieces_of_speech_without_a_pause_are_joined_as_if_there_were_no_cut():
-    """A student that sees less than MARGIN (no attention, convolutions of 4 x 3 frames) hears in pieces what it hears at
-    once, although every cut falls into the noise."""
+    """A student that sees less than MARGIN (no attention, convolutions of 3 x 3 frames) hears in pieces what it hears
+    at once, although every cut falls into the noise."""
     student = streaming_student(chunk=0, seconds=4.0)
     for block in student.encoder.blocks:
         for p in block.attention.out.parameters():
@@ -244,8 +244,8 @@ def test_long_audio_loses_and_doubles_no_word(by_heart, tmp_path, capsys):
     for pause in (3200, 8000):
         audio = torch.cat([x for u in order for x in (data.load_audio(u.path), torch.zeros(pause))])
         soundfile.write(tmp_path / "long.wav", audio.numpy(), 16_000)
-        assert decode.main([str(tmp_path / "long.wav"), "--checkpoint", str(folder), "--device", "cpu", "--workers", "0",
-                            "--output", str(tmp_path / "long.jsonl")]) == 0
+        assert decode.main([str(tmp_path / "long.wav"), "--checkpoint", str(folder), "--device", "cpu", "--workers",
+                            "0", "--output", str(tmp_path / "long.jsonl")]) == 0
         captured = capsys.readouterr()
         errors = word_errors(" ".join(u.text for u in order), captured.out.split("\t")[1])
         assert "RTF" in captured.err and errors.total == 0, (pause, str(errors), errors.alignment)
@@ -277,7 +277,8 @@ def test_stream_of_a_file_and_of_standard_input(streaming_checkpoint, demo_utter
         times = [float(x) for line in lines for x in line.split(" s ")[0].split("-")]
         assert times == sorted(times) and times[-1] <= u.seconds + 0.04
     raw = (data.load_audio(u.path) * 32767).to(torch.int16).numpy().astype("<i2").tobytes() + b"x"  # half a sample too
-    done = subprocess.run([sys.executable, ROOT / "decode.py", "--stream", "-", *command], input=raw, capture_output=True)
+    done = subprocess.run([sys.executable, ROOT / "decode.py", "--stream", "-", *command], input=raw,
+                          capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     streamed = [line.split(" ms  ")[1] for line in done.stdout.decode().splitlines()]
     assert "".join(streamed).strip() == text and len(streamed) > 1
