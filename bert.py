@@ -133,8 +133,8 @@ class Tutor:
         ctc = [F.ctc_loss(x, batch.targets, lengths, batch.target_lengths, reduction="none", zero_infinity=True)
                for x in log_probs]
         written = [b for b, text in enumerate(batch.texts) if text is not None]
-        parts = {"ctc of layers": sum(batch.weights @ x for x in ctc) / len(ctc)} if ctc else {}
-        if written:
-            parts["bert"] = interaed_loss(student.auxiliary, [h[written] for h in [*middle, hidden]], lengths[written],
-                                          [self.labels[batch.texts[b]] for b in written], self.weight)
-        return parts
+        # nothing written: still a loss of every weight, or this process's gradients would be fewer than the others'
+        loss = interaed_loss(student.auxiliary, [h[written] for h in [*middle, hidden]], lengths[written],
+                             [self.labels[batch.texts[b]] for b in written], self.weight) if written else 0.0 * sum(
+            p.sum() for p in student.auxiliary.parameters())
+        return {"ctc of layers": sum(batch.weights @ x for x in ctc) / len(ctc), "bert": loss}
