@@ -18,7 +18,6 @@ import signal
 import sys
 import tarfile
 import unicodedata
-import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -38,7 +37,6 @@ HOP = 160                                  # samples, 10 ms
 WINDOW = 400                               # samples, 25 ms
 SHORTEST, LONGEST = 0.1, 35.0              # seconds of an utterance to train on
 SILENT = 1e-4                              # largest sample of a file that nobody can hear
-MOST = 24 * 3600                           # seconds of a file; a header that says more is damaged
 AUDIO = {".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"}
 
 
@@ -80,13 +78,9 @@ def scan(source, transcribed=False):
     path = Path(source).expanduser()
     if not os.path.exists(path):
         raise UserError(f"no such file or folder: {path} (python data.py download train-clean-100 fetches LibriSpeech)")
-    if path.is_dir():
-        rows, problems = read_folder(path)
-    elif path.suffix in (".jsonl", ".json"):
-        rows, problems = read_manifest(path)
-    else:
-        rows, problems = [(path.stem, path, None)], []
-    utterances = []
+    utterances, rows, problems = [], [(path.stem, path, None)], []
+    if path.is_dir() or path.suffix in (".jsonl", ".json"):
+        rows, problems = read_folder(path) if path.is_dir() else read_manifest(path)
     for id, audio, text in tqdm(rows, desc=f"scanning {path.name}", unit="file", leave=False, disable=len(rows) < 2000):
         try:
             with open_audio(audio) as file:
@@ -145,18 +139,16 @@ def read_manifest(path):
 def open_audio(path):
     """A SoundFile whose header can be believed. What goes wrong with it becomes a UserError that names the file."""
     shown = str(path).encode(errors="backslashreplace").decode()
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise UserError(f"{shown}: there is no such file")
-    if not os.path.getsize(path):
-        raise UserError(f"{shown}: the file is empty")
+    if not os.path.isfile(path) or not os.path.getsize(path):  # a pipe would be waited for
+        raise UserError(f"{shown}: {'the file is empty' if os.path.isfile(path) else 'there is no such file'}")
     try:
         if shown != str(path):
             raise ValueError("its name is not UTF-8, rename it")
         with soundfile.SoundFile(str(path)) as file:
             if math.lcm(file.samplerate, SAMPLE_RATE) > 1e8 or file.samplerate < 1000:
                 raise ValueError(f"a sample rate of {file.samplerate} Hz, convert it to {SAMPLE_RATE}")
-            if file.frames > MOST * file.samplerate:
-                raise ValueError(f"claims to last {file.frames / file.samplerate / 3600:.0f} hours")
+            if not 0 < file.frames < 48 * 3600 * file.samplerate:
+                raise ValueError(f"a length of {file.frames / file.samplerate:.0f} s")
             yield file
     except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
         raise UserError(f"{shown}: not readable as audio ({str(error).split(': ')[-1].strip('. ')})")
@@ -167,15 +159,12 @@ def report(problems, where):
     for problem in problems[:5]:
         print(f"skipped: {problem}", file=sys.stderr)
     if len(problems) > 1:
-        more = ": python data.py check PATH names them all" * (len(problems) > 5)
-        print(f"skipped {len(problems)} {where}{more}", file=sys.stderr)
+        print(f"skipped {len(problems)} {where}" + ": python data.py check PATH names them all" * (len(problems) > 5),
+              file=sys.stderr)
 
 
 def load_sources(sources, transcribed=False, skipped=None):
-    """Several sources -> one list in which each file stands once and each id is unique.
-
-    skipped: a list that collects what could not be used; a source of which nothing is left is then no error.
-    """
+    """Several sources -> one list in which each file stands once and each id is unique; skipped: as above."""
     by_id, paths = {}, set()
     for source in sources:
         for u in load_utterances(source, transcribed, skipped):
@@ -206,9 +195,8 @@ def load_training_data(args, say, transcribed=False):
         dev_sources = args.dev or [DEMO / "corpus/dev"]
     train = load_sources(sources if transcribed else [*sources, *unlabelled], transcribed) + pseudo
     if dev_sources:
-        dev = load_sources(dev_sources, transcribed)
-        clash = {u.path for u in dev}
-        train = [u for u in train if u.path not in clash]
+        dev = {u.path: u for u in load_sources(dev_sources, transcribed)}
+        train, dev = [u for u in train if u.path not in dev], [*dev.values()]
     else:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         held = set(order[:min(200, math.ceil(len(train) / 20))])
@@ -235,8 +223,8 @@ def summary(utterances):
 # ---------------------------------------------------------------------------- audio and features
 
 def stream_audio(path, seconds=30):
-    """A file of any length in bounded memory: float32 tensors (S_i,), mono, 16 kHz, that follow one another. Raises
-    UserError naming the file if it is damaged, empty or no sound."""
+    """A file of any length in bounded memory: float32 tensors (S_i,), mono, 16 kHz, that follow one another; a
+    UserError names what is damaged, empty or no sound."""
     rest, second = torch.zeros(0), 0               # blocks share two seconds: one at either end is for the resampler
     with open_audio(path) as file:
         rate, shared = file.samplerate, torch.zeros(0)
@@ -251,8 +239,6 @@ def stream_audio(path, seconds=30):
             waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
             yield waveform[second:-SAMPLE_RATE]
             rest, second = waveform[-SAMPLE_RATE:], SAMPLE_RATE
-    if not len(rest):
-        raise UserError(f"{path}: no audio in it")
     yield rest
 
 
@@ -261,10 +247,9 @@ def load_audio(path):
     return torch.cat(list(stream_audio(path)))
 
 
-@functools.cache
-def _mel():
-    return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=512, win_length=WINDOW, hop_length=HOP, f_min=20,
-                                                n_mels=80, pad_mode="constant", norm="slaney", mel_scale="slaney")
+_mel = functools.cache(lambda: torchaudio.transforms.MelSpectrogram(
+    SAMPLE_RATE, n_fft=512, win_length=WINDOW, hop_length=HOP, f_min=20, n_mels=80, pad_mode="constant", norm="slaney",
+    mel_scale="slaney"))
 
 
 def log_mel(waveform):
@@ -273,20 +258,14 @@ def log_mel(waveform):
     return (torch.log(_mel()(waveform).T + 1e-8) + 11) / 4
 
 
-@functools.cache
-def _speed(factor):
-    return torchaudio.transforms.Speed(SAMPLE_RATE, factor)
-
-
-@functools.cache
-def _spec_augment():
-    return torchaudio.transforms.SpecAugment(n_time_masks=10, time_mask_param=40, n_freq_masks=2, freq_mask_param=27,
-                                             p=0.05, zero_masking=True)
+_speed = functools.cache(functools.partial(torchaudio.transforms.Speed, SAMPLE_RATE))
+_spec_augment = torchaudio.transforms.SpecAugment(n_time_masks=10, time_mask_param=40, n_freq_masks=2,
+                                                  freq_mask_param=27, p=0.05, zero_masking=True)
 
 
 def spec_augment(features):
     """(F, 80) -> (F, 80): two masks of up to 27 bins, ten of up to 40 frames and 5 % each (arXiv 1904.08779)."""
-    return _spec_augment()(features.T[None])[0].T
+    return _spec_augment(features.T[None])[0].T
 
 
 # ---------------------------------------------------------------------------- text
@@ -329,8 +308,8 @@ class Batch:
     embeddings: list | None = None         # of (B, T, dim) float16, one per cache
 
     def to(self, device):
-        move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
-        return Batch(**{name: move(value) for name, value in vars(self).items()})
+        return Batch(**{name: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+                        for name, x in vars(self).items()})
 
 
 class Loader:
@@ -412,8 +391,7 @@ class _Dataset(torch.utils.data.Dataset):
                      [pad_sequence(rows, batch_first=True) for rows in zip(*embeddings)] or None)
 
     def read(self, i):
-        """Utterance i as this epoch hears it -> (waveform (S,), features (F, 80), labels (U,), embedding of each
-        cache)"""
+        """Utterance i as this epoch hears it -> waveform (S,), features (F, 80), labels (U,), [embedding, ...]"""
         loader, u, speed = self.loader, self.loader.utterances[i], 1.0
         waveform = load_audio(u.path)
         if loader.augment and waveform.abs().max() < SILENT:
@@ -445,7 +423,8 @@ def download(part, folder):
     if (folder / "LibriSpeech" / part / ".complete").exists():
         return print(f"{folder / 'LibriSpeech' / part} is already there")
     archive = folder / f"{part}.tar.gz.part"
-    have = archive.stat().st_size if archive.exists() else 0
+    archive.touch()
+    have = archive.stat().st_size
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
     try:
         with (urllib.request.urlopen(request, timeout=60) as response,
@@ -461,8 +440,7 @@ def download(part, folder):
         if error.code != 416:  # 416: nothing is missing
             raise UserError(f"{url}: the server says {error.code} {error.reason}; try again later")
     except OSError as error:
-        raise UserError(f"{url}: {error}; run the same command again to go on from "
-                        f"{archive.stat().st_size if archive.exists() else 0} bytes")
+        raise UserError(f"{url}: {error}; run the same command again to go on from {archive.stat().st_size} bytes")
     with open(archive, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha:
             archive.unlink()
