@@ -7,6 +7,8 @@ A source is a LibriSpeech split folder (SPLIT/SPEAKER/CHAPTER/*.flac + .trans.tx
 {"audio_filepath": ..., "text": ...} a line, an audio file, or any folder of audio.
 """
 import argparse
+import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -16,7 +18,6 @@ import signal
 import sys
 import tarfile
 import unicodedata
-import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ SAMPLE_RATE = 16_000                       # Hz
 HOP = 160                                  # samples, 10 ms
 WINDOW = 400                               # samples, 25 ms
 SHORTEST, LONGEST = 0.1, 35.0              # seconds of an utterance to train on
+SILENT = 1e-4                              # largest sample of a file that nobody can hear
 AUDIO = {".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"}
 
 
@@ -57,9 +59,8 @@ def load_utterances(source, transcribed=False, skipped=None):
     try:
         utterances, problems = scan(source, transcribed)
         if not utterances and len(problems) <= 1:
-            what = f"no usable {'transcribed ' if transcribed else ''}audio"
-            raise UserError(problems[0] if problems else f"{source}: {what}; expected a LibriSpeech folder, a .jsonl "
-                            f"manifest or files ending in {' '.join(sorted(AUDIO))}")
+            raise UserError(problems[0] if problems else f"{source}: no usable audio; expected a LibriSpeech folder, a "
+                            f".jsonl manifest or files ending in {' '.join(sorted(AUDIO))}")
     except UserError as error:
         if skipped is None:
             raise
@@ -77,26 +78,20 @@ def scan(source, transcribed=False):
     path = Path(source).expanduser()
     if not os.path.exists(path):
         raise UserError(f"no such file or folder: {path} (python data.py download train-clean-100 fetches LibriSpeech)")
-    if path.suffix in (".jsonl", ".json"):
-        rows, problems = read_manifest(path)
-    elif path.is_dir():
-        rows, problems = read_folder(path)
-    else:
-        rows, problems = [(path.stem, path, None)], []
-    utterances = []
+    utterances, rows, problems = [], [(path.stem, path, None)], []
+    if path.is_dir() or path.suffix in (".jsonl", ".json"):
+        rows, problems = read_folder(path) if path.is_dir() else read_manifest(path)
     for id, audio, text in tqdm(rows, desc=f"scanning {path.name}", unit="file", leave=False, disable=len(rows) < 2000):
         try:
-            info = soundfile.info(str(audio))
-            seconds = info.frames / info.samplerate
-        except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
-            problems.append(f"{audio}: {why_unreadable(audio, error)}")
-            continue
-        if transcribed and not normalise(text or ""):
-            problems.append(f"{audio}: no transcript")
-        elif seconds < SHORTEST:
-            problems.append(f"{audio}: {seconds:.2f} s long, shorter than {SHORTEST} s")
-        else:
+            with open_audio(audio) as file:
+                seconds = file.frames / file.samplerate
+            if transcribed and not normalise(text or ""):
+                raise UserError(f"{audio}: no transcript")
+            if seconds < SHORTEST:
+                raise UserError(f"{audio}: {seconds:.2f} s long, shorter than {SHORTEST} s")
             utterances.append(Utterance(str(audio), seconds, text, id))
+        except UserError as error:
+            problems.append(str(error))
     return utterances, problems
 
 
@@ -115,8 +110,7 @@ def read_folder(folder):
 
 
 def read_manifest(path):
-    """JSON lines {"audio_filepath", "text"}; relative paths start at the manifest's folder. -> rows (id, path, text),
-    problems."""
+    """JSON lines; relative paths start at the manifest's folder. -> rows (id, path, text), problems"""
     rows, problems, seen = [], [], Counter()
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not line.strip():
@@ -130,22 +124,34 @@ def read_manifest(path):
             audio, text = path.parent / entry["audio_filepath"], entry.get("text")
             if text is not None and not isinstance(text, str):
                 raise TypeError("text is not a string")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            id = str(entry.get("id", audio.stem))
+            f"{id}{audio}{text}".encode()  # JSON can spell halves of characters that no file can hold
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"{path}:{number}: expected {{\"audio_filepath\": ..., \"text\": ...}} "
                             f"({type(error).__name__}: {error})")
             continue
-        id = str(entry.get("id", audio.stem))
         seen[id] += 1
         rows.append((id if seen[id] == 1 else f"{id}-{number}", audio, text))
     return rows, problems
 
 
-def why_unreadable(path, error):
-    if not os.path.exists(path):
-        return "there is no such file"
-    if Path(path).stat().st_size == 0:
-        return "the file is empty"
-    return f"not readable as audio ({str(error).split(': ')[-1].strip('. ') or type(error).__name__})"
+@contextlib.contextmanager
+def open_audio(path):
+    """A SoundFile whose header can be believed. What goes wrong with it becomes a UserError that names the file."""
+    shown = str(path).encode(errors="backslashreplace").decode()
+    if not os.path.isfile(path) or not os.path.getsize(path):  # a pipe would be waited for
+        raise UserError(f"{shown}: {'the file is empty' if os.path.isfile(path) else 'there is no such file'}")
+    try:
+        if shown != str(path):
+            raise ValueError("its name is not UTF-8, rename it")
+        with soundfile.SoundFile(str(path)) as file:
+            if math.lcm(file.samplerate, SAMPLE_RATE) > 1e8 or file.samplerate < 1000:
+                raise ValueError(f"a sample rate of {file.samplerate} Hz, convert it to {SAMPLE_RATE}")
+            if not 0 < file.frames < 48 * 3600 * file.samplerate:
+                raise ValueError(f"a length of {file.frames / file.samplerate:.0f} s")
+            yield file
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
+        raise UserError(f"{shown}: not readable as audio ({str(error).split(': ')[-1].strip('. ')})")
 
 
 def report(problems, where):
@@ -153,15 +159,12 @@ def report(problems, where):
     for problem in problems[:5]:
         print(f"skipped: {problem}", file=sys.stderr)
     if len(problems) > 1:
-        print(f"skipped {len(problems)} {where}" + (": python data.py check PATH names them all" if len(problems) > 5
-                                                    else ""), file=sys.stderr)
+        print(f"skipped {len(problems)} {where}" + ": python data.py check PATH names them all" * (len(problems) > 5),
+              file=sys.stderr)
 
 
 def load_sources(sources, transcribed=False, skipped=None):
-    """Several sources -> one list in which each file stands once and each id is unique.
-
-    skipped: a list that collects what could not be used; a source of which nothing is left is then no error.
-    """
+    """Several sources -> one list in which each file stands once and each id is unique; skipped: as above."""
     by_id, paths = {}, set()
     for source in sources:
         for u in load_utterances(source, transcribed, skipped):
@@ -172,9 +175,8 @@ def load_sources(sources, transcribed=False, skipped=None):
 
 
 def add_source_options(parser):
-    group = parser.add_argument_group("data",
-                                      "a source is a LibriSpeech split folder, a .jsonl manifest, an audio file or a "
-                                      "folder of audio")
+    group = parser.add_argument_group("data", "a source is a LibriSpeech split folder, a .jsonl manifest, an audio "
+                                      "file or a folder of audio")
     group.add_argument("--data", nargs="+", metavar="SOURCE", help="transcribed audio (nothing given: the demo)")
     group.add_argument("--unlabelled", nargs="+", metavar="SOURCE", help="more audio, transcripts not needed")
     group.add_argument("--dev", nargs="+", metavar="SOURCE",
@@ -184,8 +186,7 @@ def add_source_options(parser):
 
 
 def load_training_data(args, say, transcribed=False):
-    """Resolve the options above (nothing given: the demo) and read them. -> (training utterances, development
-    utterances)"""
+    """What the options above name (nothing: the demo). -> (training utterances, development utterances)"""
     sources, unlabelled, dev_sources = args.data or [], args.unlabelled or [], args.dev
     pseudo = [replace(u, weight=args.pseudo_weight) for u in load_sources(args.pseudo, True)] if transcribed else []
     if not sources and not pseudo and (transcribed or not unlabelled):
@@ -194,9 +195,8 @@ def load_training_data(args, say, transcribed=False):
         dev_sources = args.dev or [DEMO / "corpus/dev"]
     train = load_sources(sources if transcribed else [*sources, *unlabelled], transcribed) + pseudo
     if dev_sources:
-        dev = load_sources(dev_sources, transcribed)
-        clash = {u.path for u in dev}
-        train = [u for u in train if u.path not in clash]
+        dev = {u.path: u for u in load_sources(dev_sources, transcribed)}
+        train, dev = [u for u in train if u.path not in dev], [*dev.values()]
     else:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         held = set(order[:min(200, math.ceil(len(train) / 20))])
@@ -204,11 +204,10 @@ def load_training_data(args, say, transcribed=False):
     if transcribed and unlabelled:  # whatever is written beside them: it is not to be read
         known = {u.path for u in train + dev}
         train += [replace(u, text=None) for u in load_sources(unlabelled) if u.path not in known]
-    long = [u for u in train if u.seconds / min(args.speeds) > min(LONGEST, args.batch_seconds)]
-    report([f"{u.path}: {u.seconds / min(args.speeds):.0f} s at the slowest of --speeds, more than --batch-seconds "
-            f"{args.batch_seconds:g} or {LONGEST:g}" for u in long], "training utterances: too long")
-    clash = {u.path for u in long}
-    train = [u for u in train if u.path not in clash]
+    slow, most = 1 / min(args.speeds), min(LONGEST, args.batch_seconds)
+    report([f"{u.path}: {u.seconds * slow:.0f} s at the slowest of --speeds, too long for --batch-seconds {most:g}"
+            for u in train if u.seconds * slow > most], "training utterances: too long")
+    train = [u for u in train if u.seconds * slow <= most]
     if not train or not dev:
         raise UserError(f"{len(train)} utterances are left to train on and {len(dev)} to evaluate on; give more "
                         f"--data, --dev, or larger --batch-seconds")
@@ -224,23 +223,22 @@ def summary(utterances):
 # ---------------------------------------------------------------------------- audio and features
 
 def stream_audio(path, seconds=30):
-    """A file of any length in bounded memory: float32 tensors (S_i,), mono, 16 kHz, that follow one another. Raises
-    UserError naming the file if it is not readable, empty or not finite."""
+    """A file of any length in bounded memory: float32 tensors (S_i,), mono, 16 kHz, that follow one another; a
+    UserError names what is damaged, empty or no sound."""
     rest, second = torch.zeros(0), 0               # blocks share two seconds: one at either end is for the resampler
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            rate = file.samplerate
-            for samples in file.blocks(seconds * rate, 2 * rate, dtype="float32", always_2d=True):
-                waveform = torch.from_numpy(samples).mean(dim=1)
-                if not torch.isfinite(waveform).all():
-                    raise UserError(f"{path}: holds samples that are not numbers (NaN or infinity)")
-                waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
-                yield waveform[second:-SAMPLE_RATE]
-                rest, second = waveform[-SAMPLE_RATE:], SAMPLE_RATE
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise UserError(f"{path}: {why_unreadable(path, error)}")
-    if not len(rest):
-        raise UserError(f"{path}: no audio in it")
+    with open_audio(path) as file:
+        rate, shared = file.samplerate, torch.zeros(0)
+        while file.tell() < file.frames:           # (SoundFile.blocks would fill up a short file from memory as it is)
+            samples = file.read(seconds * rate - len(shared), dtype="float32", always_2d=True)
+            if not len(samples):
+                raise ValueError(f"cut off after {file.tell() / rate:.1f} of {file.frames / rate:.1f} s")
+            waveform = torch.cat([shared, torch.from_numpy(samples).mean(dim=1)])
+            if not waveform.abs().max() < 100:
+                raise ValueError("samples that are not numbers or not between -1 and 1")
+            shared = waveform[-2 * rate:]
+            waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+            yield waveform[second:-SAMPLE_RATE]
+            rest, second = waveform[-SAMPLE_RATE:], SAMPLE_RATE
     yield rest
 
 
@@ -249,10 +247,9 @@ def load_audio(path):
     return torch.cat(list(stream_audio(path)))
 
 
-@functools.cache
-def _mel():
-    return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=512, win_length=WINDOW, hop_length=HOP, f_min=20,
-                                                n_mels=80, pad_mode="constant", norm="slaney", mel_scale="slaney")
+_mel = functools.cache(lambda: torchaudio.transforms.MelSpectrogram(
+    SAMPLE_RATE, n_fft=512, win_length=WINDOW, hop_length=HOP, f_min=20, n_mels=80, pad_mode="constant", norm="slaney",
+    mel_scale="slaney"))
 
 
 def log_mel(waveform):
@@ -261,28 +258,20 @@ def log_mel(waveform):
     return (torch.log(_mel()(waveform).T + 1e-8) + 11) / 4
 
 
-@functools.cache
-def _speed(factor):
-    return torchaudio.transforms.Speed(SAMPLE_RATE, factor)
-
-
-@functools.cache
-def _spec_augment():
-    return torchaudio.transforms.SpecAugment(n_time_masks=10, time_mask_param=40, n_freq_masks=2, freq_mask_param=27,
-                                             p=0.05, zero_masking=True)
+_speed = functools.cache(functools.partial(torchaudio.transforms.Speed, SAMPLE_RATE))
+_spec_augment = torchaudio.transforms.SpecAugment(n_time_masks=10, time_mask_param=40, n_freq_masks=2,
+                                                  freq_mask_param=27, p=0.05, zero_masking=True)
 
 
 def spec_augment(features):
-    """(F, 80) -> (F, 80): two frequency masks of up to 27 bins, ten time masks of up to 40 frames and 5 % each (arXiv
-    1904.08779)."""
-    return _spec_augment()(features.T[None])[0].T
+    """(F, 80) -> (F, 80): two masks of up to 27 bins, ten of up to 40 frames and 5 % each (arXiv 1904.08779)."""
+    return _spec_augment(features.T[None])[0].T
 
 
 # ---------------------------------------------------------------------------- text
 
 def normalise(text):
-    """What we train on and score: Unicode NFKC, upper case, letters, marks, digits and the apostrophe, single
-    spaces."""
+    """What we train on and score: Unicode NFKC, upper case, letters, marks, digits, apostrophes, single spaces."""
     text = unicodedata.normalize("NFKC", text).upper().replace("\u2019", "'")
     return " ".join("".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
 
@@ -319,8 +308,8 @@ class Batch:
     embeddings: list | None = None         # of (B, T, dim) float16, one per cache
 
     def to(self, device):
-        move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
-        return Batch(**{name: move(value) for name, value in vars(self).items()})
+        return Batch(**{name: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+                        for name, x in vars(self).items()})
 
 
 class Loader:
@@ -338,11 +327,9 @@ class Loader:
         self.caches = caches  # each a function of (utterance, speed) -> (T, dim): what a teacher once said
 
     def batches(self, number):
-        """Lists of utterances of this process. In training shuffled anew each epoch; lengths are jittered so that
-        neighbours change."""
+        """Lists of utterances of this process; in training shuffled anew each epoch, jittered to change neighbours."""
         generator = torch.Generator().manual_seed(mix(self.seed, number))
-        jitter = 1 + (0.2 * torch.rand(len(self.utterances), generator=generator) if self.augment
-                      else torch.zeros(len(self.utterances)))
+        jitter = 1 + 0.2 * self.augment * torch.rand(len(self.utterances), generator=generator)
         slowest, batches, longest = min(self.speeds), [[]], 0.0
         for i in sorted(range(len(jitter)), key=lambda i: self.utterances[i].seconds * jitter[i].item()):
             longest = max(longest, self.utterances[i].seconds / slowest)
@@ -356,12 +343,18 @@ class Loader:
             batches += [batches[i % len(batches)] for i in range(-len(batches) % self.world)]
         return batches[self.rank::self.world]
 
+    def worst(self):
+        """The batches of an epoch, of all processes, that need the most memory: the largest, that of the longest."""
+        slow = copy.copy(self)
+        slow.rank, slow.world, slow.speeds = 0, 1, (min(self.speeds),)
+        size = lambda batch, power: len(batch) * max(self.utterances[i].seconds for i in batch) ** power
+        worst = {tuple(max(slow.batches(0), key=lambda batch: size(batch, power))) for power in (1, 2)}
+        return [_Dataset(slow, 0)[batch] for batch in worst]
+
     def epoch(self, number=0, skip=0):
-        dataset = _Dataset(self, number)
-        return iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=self.batches(number)[skip:],
-                                                num_workers=self.workers,
-                                                prefetch_factor=4 if self.workers else None,
-                                                worker_init_fn=_quiet_worker))
+        return iter(torch.utils.data.DataLoader(
+            _Dataset(self, number), batch_size=None, sampler=self.batches(number)[skip:], num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None, worker_init_fn=_quiet_worker))
 
 
 def _quiet_worker(_):
@@ -375,70 +368,67 @@ class _Dataset(torch.utils.data.Dataset):
         self.loader, self.number = loader, number
 
     def __getitem__(self, indices):
-        loader, waves, features, kept, failed, speed = self.loader, [], [], [], [], 1.0
-        embeddings = [[] for _ in loader.caches]
-        queue = list(indices)
+        loader, kept, failed, queue = self.loader, [], [], list(indices)
         while queue:
             i = queue.pop(0)
-            u = loader.utterances[i]
             try:
-                waveform = load_audio(u.path)
+                kept.append((loader.utterances[i], *self.read(i)))
             except UserError as error:  # one bad file never ends a run
                 failed.append(str(error))
                 # training needs something in every batch: take a neighbour
                 if loader.augment and not queue and not kept and len(failed) < 100:
                     queue.append((i + 1) % len(loader.utterances))
-                continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(mix(loader.seed, self.number, i))
-                if tuple(loader.speeds) != (1.0,):
-                    speed = loader.speeds[torch.randint(len(loader.speeds), ()).item()]
-                    waveform = _speed(speed)(waveform)[0]
-                mel = log_mel(waveform)
-                waves.append(waveform)
-                features.append(spec_augment(mel) if loader.augment else mel)
-                kept.append(u)
-                for rows, cache in zip(embeddings, loader.caches):
-                    rows.append(cache(u, speed))
         if not kept:
-            return Batch([], torch.zeros(0, 0, 80), torch.zeros(0), None, None, None, None, 0.0, [],
-                         tuple(failed))
+            return Batch([], torch.zeros(0, 0, 80), torch.zeros(0), None, None, None, None, 0.0, [], tuple(failed))
+        utterances, waves, features, labels, embeddings = zip(*kept)
         targets = target_lengths = None
         if loader.tokenizer:
-            encode = lambda text: torch.tensor(loader.tokenizer.encode(normalise(text or "")).ids, dtype=torch.long)
-            labels = [encode(u.text) for u in kept]
             targets, target_lengths = pad_sequence(labels, batch_first=True), torch.tensor([len(x) for x in labels])
-        return Batch([u.id for u in kept], pad_sequence(features, batch_first=True),
-                     torch.tensor([len(f) for f in features]),
-                     waves if loader.waveforms else None, targets, target_lengths,
-                     torch.tensor([u.weight for u in kept]), sum(map(len, waves)) / SAMPLE_RATE,
-                     [u.text for u in kept], tuple(failed),
-                     [pad_sequence(rows, batch_first=True) for rows in embeddings] or None)
+        return Batch([u.id for u in utterances], pad_sequence(features, batch_first=True),
+                     torch.tensor([len(f) for f in features]), [*waves] if loader.waveforms else None, targets,
+                     target_lengths, torch.tensor([u.weight for u in utterances]), sum(map(len, waves)) / SAMPLE_RATE,
+                     [u.text for u in utterances], tuple(failed),
+                     [pad_sequence(rows, batch_first=True) for rows in zip(*embeddings)] or None)
+
+    def read(self, i):
+        """Utterance i as this epoch hears it -> waveform (S,), features (F, 80), labels (U,), [embedding, ...]"""
+        loader, u, speed = self.loader, self.loader.utterances[i], 1.0
+        waveform = load_audio(u.path)
+        if loader.augment and waveform.abs().max() < SILENT:
+            raise UserError(f"{u.path}: silence, nothing to learn from")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(loader.seed, self.number, i))
+            if tuple(loader.speeds) != (1.0,):
+                speed = loader.speeds[torch.randint(len(loader.speeds), ()).item()]
+                waveform = _speed(speed)(waveform)[0]
+            mel = log_mel(waveform)
+            features = spec_augment(mel) if loader.augment else mel
+        labels = loader.tokenizer.encode(normalise(u.text or "")).ids if loader.tokenizer else []
+        if len(labels) > len(mel) // 4:  # of CTC no path would be left
+            raise UserError(f"{u.path}: its transcript of {len(labels)} tokens is too long for its {u.seconds:.1f} s")
+        return waveform, features, torch.tensor(labels, dtype=torch.long), [cache(u, speed) for cache in loader.caches]
 
 
 # ---------------------------------------------------------------------------- python data.py download | check
 
 def download(part, folder):
-    """Fetch and unpack a part of LibriSpeech (CC BY 4.0); a broken download goes on where it stopped, the checksum is
-    verified."""
+    """Fetch, verify and unpack a part of LibriSpeech (CC BY 4.0); a broken download goes on where it stopped."""
     from torchaudio.datasets.librispeech import _CHECKSUMS
     sources = {Path(url).name.removesuffix(".tar.gz"): (url, sha) for url, sha in _CHECKSUMS.items()}
     if part not in sources:
         raise UserError(f"LibriSpeech has no part {part!r}; choose one of {', '.join(sources)}")
     url, sha = sources[part]
     folder = Path(folder).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --to {folder} ({error.strerror}); choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "LibriSpeech" / part / ".complete").exists():
         return print(f"{folder / 'LibriSpeech' / part} is already there")
     archive = folder / f"{part}.tar.gz.part"
-    have = archive.stat().st_size if archive.exists() else 0
+    archive.touch()
+    have = archive.stat().st_size
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response, open(archive, "ab" if response.status == 206
-                                                                           else "wb") as file:
+        with (urllib.request.urlopen(request, timeout=60) as response,
+              open(archive, "ab" if response.status == 206 else "wb") as file):
             total = int(response.headers.get("Content-Length", 0)) + (have if response.status == 206 else 0)
             with tqdm(desc=part, total=total, initial=total and file.tell(), unit="B", unit_scale=True) as bar:
                 while block := response.read(1 << 20):
@@ -450,17 +440,13 @@ def download(part, folder):
         if error.code != 416:  # 416: nothing is missing
             raise UserError(f"{url}: the server says {error.code} {error.reason}; try again later")
     except OSError as error:
-        raise UserError(f"{url}: {error}; run the same command again to go on from "
-                        f"{archive.stat().st_size if archive.exists() else 0} bytes")
+        raise UserError(f"{url}: {error}; run the same command again to go on from {archive.stat().st_size} bytes")
     with open(archive, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha:
             archive.unlink()
             raise UserError(f"{archive}: the checksum is wrong and the file was deleted; run the same command again")
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-    except OSError as error:
-        raise UserError(f"cannot unpack {archive} ({error.strerror}); free some space and run the same command again")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
     (folder / "LibriSpeech" / part / ".complete").touch()
     archive.unlink()
     print(f"{folder / 'LibriSpeech' / part} is ready")
@@ -474,7 +460,7 @@ def check(sources):
         for u in tqdm(utterances, desc=str(source), unit="file"):
             try:
                 waveform = load_audio(u.path)
-                if waveform.abs().max() < 1e-4:
+                if waveform.abs().max() < SILENT:
                     raise UserError(f"{u.path}: silence")
                 if u.text is not None and not normalise(u.text):
                     raise UserError(f"{u.path}: its transcript is empty")
@@ -484,13 +470,12 @@ def check(sources):
                 problems.append(str(error))
         print("\n".join(problems) or f"{source}: nothing wrong")
         count += len(problems)
-        if not utterances:
-            continue
-        rates = sorted(u.seconds for u in utterances)
-        letters = Counter(c for u in utterances for c in normalise(u.text or ""))
-        print(f"{source}: {summary(utterances)}, {rates[0]:.1f} to {rates[-1]:.1f} s (median "
-              f"{rates[len(rates) // 2]:.1f}), {sum(u.text is not None for u in utterances)} transcribed, characters: "
-              f"{''.join(sorted(letters)) or 'none'}")
+        if utterances:
+            seconds = sorted(u.seconds for u in utterances)
+            letters = "".join(sorted({c for u in utterances for c in normalise(u.text or "")})) or "none"
+            print(f"{source}: {summary(utterances)}, {seconds[0]:.1f} to {seconds[-1]:.1f} s (median "
+                  f"{seconds[len(seconds) // 2]:.1f}), {sum(u.text is not None for u in utterances)} transcribed, "
+                  f"characters: {letters}")
     print(f"{count} problem{'s' * (count != 1)}")
     return count
 
@@ -505,11 +490,10 @@ def main(argv=None):
     command = commands.add_parser("check", help="read every file of a source and report")
     command.add_argument("source", nargs="+")
     args = parser.parse_args(argv)
-    if args.command == "download":
-        for part in args.part:
-            download(part, args.to)
-        return 0
-    return 1 if check(args.source) else 0
+    if args.command == "check":
+        return 1 if check(args.source) else 0
+    for part in args.part:
+        download(part, args.to)
 
 
 if __name__ == "__main__":

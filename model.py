@@ -8,7 +8,7 @@ width, D teacher width.
                                             '--joiner( . , predictor(labels))--> (B, T, U+1, V)              stage 2
 """
 import os
-import pickle
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -337,13 +337,17 @@ def load_checkpoint(path):
     if not path.exists():
         raise UserError(f"no checkpoint {path}; train one first or give another")
     try:
+        # torch.load looks at no checksum, and where a bit turns a member into a folder, it leaves random numbers
+        archive = zipfile.ZipFile(path)
+        if archive.testzip() or any((m.compress_size, m.external_attr) != (m.file_size, 0) for m in archive.infolist()):
+            raise ValueError("a wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or "format" not in checkpoint:
             raise TypeError("not a dict of ours")
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file may lead the readers anywhere
         raise UserError(f"{path} is not a checkpoint of ours or is damaged ({type(error).__name__}); delete it or "
                         f"give another")
-    return checkpoint
+    return checkpoint | {"path": str(path)}
 
 
 def exported(weights):
@@ -354,12 +358,16 @@ def exported(weights):
 def load_student(checkpoint, **changes):
     """The Student that a checkpoint describes, with its weights; `changes` replace fields of its config (new parts stay
     untrained)."""
-    known = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()})
-    student = Student(replace(known, **changes))
-    weights = exported(checkpoint["model"])
-    if changes:
-        weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
-        student.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights.items()})
-    else:
-        student.load_state_dict(weights)
+    try:
+        known = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()})
+        student = Student(replace(known, **changes))
+        weights = checkpoint["model"]
+        if changes:
+            weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
+            student.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights.items()})
+        else:
+            student.load_state_dict(weights)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{checkpoint.get('path', 'the checkpoint')} does not hold the student that it describes "
+                        f"({' '.join(str(error).split())[:150]}); give another, or the program that wrote it")
     return student

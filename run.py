@@ -1,21 +1,25 @@
 """What every script needs around the method: polite errors, device and precision, processes, run directory, the loop.
 
 Nothing here knows about speech. A reader of the method can skip this page; a reader who wants to know what happens
-between
-`loss.backward()` and `best.pt` finds it all here, once, for both stages.
+between `loss.backward()` and `best.pt` finds it all here, once, for both stages.
 """
 import contextlib
+import copy
 import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 
@@ -23,20 +27,34 @@ class UserError(ValueError):
     """A mistake that the user can mend. Its text is one line that names the cause and the cure."""
 
 
+FAULTS = {  # words of a RuntimeError -> what a user can do; any other is a bug
+    "out of memory|can't allocate memory|not enough memory": "out of memory, lower --batch-seconds",
+    "gloo|NCCL": "another process of this run has ended, its own message says why",
+    "DataLoader worker": "a process that reads audio was killed, lower --workers",
+}
+
+
+def cure(error):
+    return next((cure for words, cure in FAULTS.items() if re.search(words, str(error))), None)
+
+
 def polite(main):
-    """Turn a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130; bugs keep their
+    """What a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130; bugs keep their
     traceback."""
     @functools.wraps(main)
     def wrapper(argv=None):
         script = Path(sys.modules[main.__module__].__file__).name
         try:
             return main(argv) or 0
-        except UserError as error:
-            print(f"{script}: error: {error}", file=sys.stderr)
-            return 2
-        except torch.OutOfMemoryError as error:
-            print(f"{script}: error: out of GPU memory; lower --batch-seconds ({str(error).splitlines()[0]})",
-                  file=sys.stderr)
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            what = " ".join(str(error).splitlines())
+            if isinstance(error, OSError):
+                what += "; mend that and give the same command again"
+            if isinstance(error, RuntimeError):
+                if not cure(error):
+                    raise
+                what = f"{cure(error)} ({what[:200]})"
+            print(f"{script}: error: {what}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"{script}: interrupted", file=sys.stderr)
@@ -56,14 +74,12 @@ def mix(*numbers):
 
 def choose_device(name=None):
     """-> (device, autocast dtype, one line that says what was chosen and why)."""
-    local_rank = os.environ.get("LOCAL_RANK", "0")
+    why = "as --device says"
     if name in (None, "auto"):
-        name = (f"cuda:{local_rank}" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-        why = "the best that this machine has"
-    else:
-        why = "as --device says"
-        name = f"cuda:{local_rank}" if name == "cuda" else name
+        name, why = "mps" if torch.backends.mps.is_available() else "cpu", "the best that this machine has"
+        name = "cuda" if torch.cuda.is_available() else name
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -88,8 +104,20 @@ def start_processes(device):
     """Join the process group if torchrun started us. -> (rank, number of processes)."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # over a restart torchrun keeps its store, and in it the addresses of the dead
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return (dist.get_rank(), world) if world > 1 else (0, 1)
+
+
+def everyone(value):
+    """-> the values of all processes, as a list that is the same on each."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def autocast(device, dtype):
@@ -105,13 +133,11 @@ DEMO = Path(__file__).parent / "demo"
 def add_training_options(parser, out, steps):
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=steps, help="updates to make (default %(default)s)")
-    group.add_argument("--minutes", type=float,
-                       help="stop after this many minutes of training instead of after --steps")
-    group.add_argument("--batch-seconds", type=float, default=24,
-                       help="seconds of audio a batch, padding included, per process; lower it if "
-                       "you run out of memory, 300-800 suits a large GPU (default %(default)s)")
-    group.add_argument("--accumulate", type=int, default=1,
-                       help="batches per update: k times the batch in the memory of one")
+    group.add_argument("--minutes", type=float, help="train for so long instead of for --steps")
+    group.add_argument("--batch-seconds", type=seconds_or_auto, default=24.0,
+                       help="seconds of audio a batch, padding included, per process; lower it if you run out of "
+                       "memory, 300-800 suits a large GPU; auto: the most that fits, on a CPU 36 (default %(default)s)")
+    group.add_argument("--accumulate", type=int, default=1, help="batches per update: larger ones in the same memory")
     group.add_argument("--warmup", type=float, default=0.1,
                        help="share of the budget in which the learning rate rises (default %(default)s)")
     group.add_argument("--clip", type=float, default=5.0, help="largest gradient norm (default %(default)s)")
@@ -120,31 +146,38 @@ def add_training_options(parser, out, steps):
     group = parser.add_argument_group("machine and files")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0,
-                       help="processes that read audio ahead; on a CPU they would only take cores from the training "
-                            "(default here %(default)s)")
+                       help="processes that read audio ahead; on a CPU they only take its cores (default here "
+                       "%(default)s)")
     group.add_argument("--out", type=Path, default=Path(out), help="run directory (default %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="start anew even if --out holds a run")
 
 
+class Auto(float):
+    """--batch-seconds auto: this many, until a GPU has tried whether more fit."""
+    __str__ = lambda self: "auto"
+
+
+def seconds_or_auto(text):
+    return Auto(36) if text == "auto" else float(text)
+
+
 def check_training_options(args):
     """Raise UserError for a budget of nothing and the like, before anything is loaded."""
-    for name in ("steps", "minutes", "batch_seconds", "accumulate", "eval_every", "lr", "encoder_lr", "clip",
-                 "vocab_size", "min_frequency", "kd_temperature", "essence_top_k", "essence_mass"):
+    above = ("steps minutes batch_seconds accumulate eval_every lr encoder_lr clip vocab_size min_frequency "
+             "kd_temperature essence_top_k essence_mass").split()
+    for name in above + ("workers ctc_weight freeze_steps kd_weight kd_shift pseudo_weight bert_weight bert_lambda "
+                         "left").split():
         value = getattr(args, name, None)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, found {value}")
-    for name in ("workers", "ctc_weight", "freeze_steps", "kd_weight", "kd_shift", "pseudo_weight",
-                 "bert_weight", "bert_lambda", "left"):
-        value = getattr(args, name, None)
-        if value is not None and not value >= 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, found {value}")
+        if value is not None and not (0 < value < math.inf or value == 0 and name not in above):
+            raise UserError(f"--{name.replace('_', '-')} must {'be above 0' if name in above else 'not be negative'}, "
+                            f"found {value}")
     if not 0 < args.warmup < 1 or not min(args.speeds) > 0:
-        raise UserError(f"--warmup must lie between 0 and 1 and --speeds above 0, found {args.warmup} and "
-                        f"{args.speeds}")
+        raise UserError(f"--warmup must lie between 0 and 1, --speeds above 0; found {args.warmup}, {args.speeds}")
 
 
 # These say where and how fast, not what is learned: a run may be continued with others.
 FREE_OPTIONS = {"device", "workers", "out", "overwrite"}
+PATIENCE = 10                              # updates in a row that may go wrong
 
 
 class Run:
@@ -156,65 +189,58 @@ class Run:
     def __init__(self, args, rank, world, load_checkpoint, save_checkpoint):
         self.args, self.rank, self.out, self.save_checkpoint = args, rank, args.out, save_checkpoint
         self.settings = {k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in vars(args).items()
-                         if k not in FREE_OPTIONS}
-        self.settings["processes"] = str(world)
-        self.state = None
-        last = self.out / "last.pt"
-        try:
+                         if k not in FREE_OPTIONS} | {"processes": str(world)}
+        self.state, self.step, self.finished, last = None, 0, False, self.out / "last.pt"
+        # torchrun --max-restarts gives the same command again, and there --overwrite has done its work
+        overwrite = args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        with self.writing():
             self.out.mkdir(parents=True, exist_ok=True)
-            for name in ("last.pt", "best.pt", "log.jsonl") if args.overwrite and rank == 0 else ():
+            for name in ("last.pt", "best.pt", "log.jsonl") if overwrite and rank == 0 else ():
                 (self.out / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to --out {self.out} ({error.strerror}); choose another folder")
-        if dist.is_initialized():
-            dist.barrier()
+        everyone(None)  # nobody looks before that
         if last.exists():
             self.state = load_checkpoint(last)
             if "progress" not in self.state:
-                raise UserError(f"{last} is not a training state of this script; choose another --out or add "
-                                f"--overwrite")
+                raise UserError(f"{last} is not a training state; choose another --out or add --overwrite")
+            self.step, self.finished = (self.state["progress"][key] for key in ("step", "finished"))
             old = self.state["progress"]["settings"]
             changed = [f"--{k.replace('_', '-')} was {old.get(k)}, is {v}" for k, v in self.settings.items()
                        if old.get(k) != v]
             if changed:
                 raise UserError(f"{self.out} holds a run with other arguments ({'; '.join(changed)}); choose another "
                                 f"--out or add --overwrite")
-        # steps after the checkpoint were lost with the interruption: their log lines go too
+        if len(set(everyone((self.step, self.finished)))) > 1:
+            raise UserError(f"--out {self.out} is not the same folder on every machine; choose one that they share")
         if rank == 0 and not self.finished:
-            log, done = self.out / "log.jsonl", self.state["progress"]["step"] if self.state else -1
-            lines = [line for line in log.read_text().splitlines() if _step_of(line) <= done] if log.exists() else []
-            try:
-                log.write_text("".join(line + "\n" for line in lines))
+            with self.writing():
+                for half_written in self.out.glob("*.pt.tmp"):
+                    half_written.unlink()
+                self.cut_log()
                 (self.out / "command.txt").write_text(" ".join(sys.argv) + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write to --out {self.out} ({error.strerror}); choose another folder")
 
-    @property
-    def finished(self):
-        return bool(self.state and self.state["progress"]["finished"])
+    def cut_log(self):
+        """Steps after the checkpoint were lost with the interruption: their log lines go too, and a half-written one.
+        In place, which even a full disk allows."""
+        with open(self.out / "log.jsonl", "a+b") as log:
+            size = log.seek(0)
+            while self.state and (line := log.readline()).endswith(b"\n") and json.loads(line)["step"] <= self.step:
+                size += len(line)
+            log.truncate(size)
+
+    @contextlib.contextmanager
+    def writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.out} ({error.strerror}); free some space and run the same "
+                            f"command again, or choose another folder")
 
     def log(self, **entry):
         if self.rank == 0:
             # JSON has no NaN
             entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-            try:
-                with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write {self.out / 'log.jsonl'} ({error.strerror}); free some space and run the "
-                                f"same command again")
-
-    def save(self, name, **entries):
-        if self.rank == 0:
-            self.save_checkpoint(self.out / name, **entries)
-
-
-def _step_of(line):
-    try:
-        return json.loads(line).get("step", 0)
-    except json.JSONDecodeError:
-        return math.inf  # a half-written last line
-
+            with self.writing(), open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
 # ---------------------------------------------------------------------------- the training loop
 
@@ -225,176 +251,249 @@ def learning_rate(progress, warmup):
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))
 
 
-def average_gradients(parameters, count):
+def average_gradients(parameters, sums):
     """Gradients are sums over utterances or frames: add them over all processes, divide once by the global count.
 
     Unlike an average of per-process means this is exactly the gradient of one large batch, whatever each process got;
-    gradient accumulation is the same sum. One flat all-reduce keeps it to a few lines.
+    gradient accumulation is the same sum. sums (1 + n,): the count and n more, added up too and returned.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([count.reshape(1).float()] + [g.reshape(-1) for g in gradients]) if dist.is_initialized() else None
-    if flat is not None:
+    if dist.is_initialized():
+        flat = parameters_to_vector([sums, *gradients])
         dist.all_reduce(flat)
-        count, parts = flat[0], flat[1:].split([g.numel() for g in gradients])
-        for g, part in zip(gradients, parts):
-            g.copy_(part.view_as(g))
+        vector_to_parameters(flat, [sums, *gradients])
     for g in gradients:
-        g.div_(count)
-    return count
+        g.div_(sums[0])
+    return sums
 
 
-class StopSignals:
-    """SIGTERM and SIGINT ask the loop to save and leave; a second one leaves at once."""
+@contextlib.contextmanager
+def stop_signals():
+    """SIGTERM and SIGINT ask the loop to save and leave, a second one leaves at once. -> list of (time, number)"""
+    came = []
 
-    def __enter__(self):
-        self.received, self.old = None, {}
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def handle(self, number, frame):
-        if self.received:
+    def handle(number, frame):
+        came.append((time.monotonic(), number))
+        if came[-1][0] > came[0][0] + 0.3:  # sooner it is the same one, by way of both Slurm and torchrun
             os._exit(128 + number)
-        self.received = number
-
-    def __exit__(self, *exception):
-        for s, handler in self.old.items():
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT) if main_thread}
+    try:
+        yield came
+    finally:
+        for s, handler in old.items():
             signal.signal(s, handler)
 
 
-def train(run, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank=0, world=1,
-          before_step=None, export=dict):
-    """Train `student` until the budget of `run.args` is spent. Returns the exit code.
+class Training:
+    """The loop of both stages.
 
-    compute_loss(batch) -> (loss, count, {name: value}): loss is a SUM over `count` things (frames, utterances).
+    compute_loss(batch) -> (loss, count, {name: mean}): loss is a SUM over `count` things (frames, utterances).
     evaluate(student) -> ({name: value}, score): lower score is better; it sees the averaged weights.
-    loader.epoch(number, skip) yields batches, the same ones whenever it is asked again: that makes resuming exact.
-    extra: what else a checkpoint of this stage says about itself (config, tokenizer, teachers ...), plain types and
-    tensors. export(weights): those that best.pt shall have.
+    loader.epoch(number, skip) yields batches, the same ones whenever it is asked again: that makes resuming exact;
+    loader.worst() those that need the most memory.
+    extra: what else a checkpoint of this stage says about itself (config, tokenizer, teachers ...), in plain types.
+    export(weights): those that best.pt shall have.
     """
-    args, parameters = run.args, [p for p in student.parameters() if p.requires_grad]
-    averaged = {k: v.detach().clone() for k, v in student.state_dict().items()}
-    progress = {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0, "best": math.inf, "finished": False,
-                "settings": run.settings}
-    if run.state:
-        student.load_state_dict(run.state["raw_model"])
-        averaged = {k: v.to(device) for k, v in run.state["model"].items()}
-        optimizer.load_state_dict(run.state["optimizer"])
-        progress = dict(run.state["progress"])
-        if rank == 0:
-            print(f"continuing {run.out} at step {progress['step']}")
-    base_rates = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
 
-    def save_last():
-        run.save("last.pt", model=averaged, raw_model=student.state_dict(), optimizer=optimizer.state_dict(),
-                 progress=progress, **extra)
-
-    def evaluation():
-        raw = {k: v.detach().clone() for k, v in student.state_dict().items()}
-        student.load_state_dict(averaged)
-        student.eval()
-        with torch.no_grad():
-            results, score = evaluate(student)
-        student.load_state_dict(raw)
+    def __init__(self, run, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank=0, world=1,
+                 before_step=None, export=dict):
+        """A new run, or all that the interrupted one knew."""
+        self.run, self.args, self.student, self.loader, self.optimizer = run, run.args, student, loader, optimizer
+        self.compute_loss, self.evaluate, self.before_step, self.extra = compute_loss, evaluate, before_step, extra
+        self.device, self.dtype, self.rank, self.world, self.export = device, dtype, rank, world, export
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        self.averaged = copy.deepcopy(student).eval()
+        self.progress = {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0, "best": math.inf, "finished": False,
+                         "skipped": 0, "skipped_in_a_row": 0, "sums": {}, "settings": run.settings}
+        self.unit, self.budget = ("seconds", 60 * run.args.minutes) if run.args.minutes else ("step", run.args.steps)
+        self.unreadable, self.saved = set(), time.time()
+        if run.state:
+            student.load_state_dict(run.state["raw_model"])
+            self.averaged.load_state_dict(run.state["model"])
+            optimizer.load_state_dict(run.state["optimizer"])
+            self.progress |= run.state["progress"]
+            self.say(f"continuing {run.out} at step {run.step}")
+        self.base_rates = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
         student.train()
-        if rank == 0:
-            tqdm.write(f"step {progress['step']}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
-        run.log(step=progress["step"], **results)
-        if score < progress["best"] or not (run.out / "best.pt").exists():
-            progress["best"] = score
-            run.save("best.pt", model=export(averaged), results=results, step=progress["step"], **extra)
 
-    student.train()
-    eval_every = args.eval_every or max(1, args.steps // 10)
-    bar = tqdm(total=None if args.minutes else args.steps, initial=progress["step"], desc=run.out.name, unit="step",
-               disable=rank > 0, dynamic_ncols=True)
-    started, before, heard, totals, unreadable = time.time(), progress["seconds"], 0.0, {}, set()
-    saved = started
-    batches = loader.epoch(progress["epoch"], progress["batch"])
-    with StopSignals() as signals:
+    def say(self, line, file=None):
+        if self.rank == 0:
+            tqdm.write(line, file=file)
+
+    def loop(self):
+        """Train until the budget is spent. -> exit code"""
+        args, progress = self.args, self.progress
+        self.rehearse()
+        every = args.eval_every or max(1, args.steps // 10)
+        batches, before, started, heard = self.batches(), progress["seconds"], time.time(), 0.0
+        bar = tqdm(total=round(self.budget), initial=int(progress[self.unit]), unit="s" if args.minutes else "step",
+                   desc=self.run.out.name, disable=self.rank > 0, dynamic_ncols=True)
+        with stop_signals() as signals, bar:
+            while progress[self.unit] < self.budget:
+                factor = max(learning_rate(progress[self.unit] / self.budget, args.warmup), 1e-3)
+                for group, rate in zip(self.optimizer.param_groups, self.base_rates):
+                    group["lr"] = rate * factor
+                if self.before_step:
+                    self.before_step(progress["step"])
+                self.update(self.gradients(batches))
+                # the largest of all processes: nobody waits for one that has left, all follow one clock
+                seconds, stop = before + time.time() - started, signals[0][1] if signals else 0
+                progress["seconds"], stop = map(max, zip(*everyone((seconds, stop))))
+                heard += self.world * sum(batch.seconds for batch, _ in self.heard)
+                self.tell(bar, heard / (time.time() - started))
+                if progress["step"] % every == 0:
+                    self.evaluation()
+                if progress["step"] % every == 0 or stop or time.time() - self.saved > 300:
+                    self.save()
+                if stop:
+                    self.say(f"stopped by signal {stop} at step {progress['step']}; the same command goes on from here")
+                    return 128 + stop
+            if progress["step"] % every:
+                self.evaluation()
+            progress["finished"] = True
+            self.save()
+        wrong = {"files could not be used": len(set().union(*everyone(self.unreadable))),
+                 "updates were skipped": progress["skipped"]}
+        self.say(f"{progress['step']} steps in {progress['seconds'] / 60:.1f} minutes; best score "
+                 f"{progress['best']:.4g}: {self.run.out / 'best.pt'}"
+                 + "".join(f"; {count} {what}" for what, count in wrong.items() if count))
+        return 0
+
+    def rehearse(self):
+        """Forward and backward on the worst batches, beside the room that the optimizer will take: memory is short now
+        or never. With --batch-seconds auto on a GPU they grow by a quarter until it is."""
+        room = [torch.empty_like(p) for p in self.parameters for _ in range(2)] if not self.optimizer.state else []
+        loader, fits, auto = self.loader, 0, isinstance(self.args.batch_seconds, Auto)
+        loader.batch_seconds = self.progress.get("batch_seconds", loader.batch_seconds)
+        grow = auto and not self.run.state and self.device.type == "cuda"
+        try:
+            while not fits or grow and len(loader.batches(0)) > 1:
+                loader.batch_seconds *= 1.25 if fits else 1.0
+                for batch in loader.worst():
+                    self.forward_backward(batch)
+                fits = loader.batch_seconds
+        except MemoryError:
+            if not fits:
+                raise
+            fits = max(fits / 1.25, self.args.batch_seconds)  # one step back, for what fragmentation will take
+            torch.cuda.empty_cache()
+        del room
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress["batch_seconds"] = loader.batch_seconds = min(everyone(float(fits)))
+        if auto:
+            self.say(f"--batch-seconds auto: {loader.batch_seconds:.0f}")
+
+    def forward_backward(self, batch):
+        """-> {"count": n, name: a sum over n things}; gradients are added to what is there."""
+        try:
+            with autocast(self.device, self.dtype):
+                loss, n, means = self.compute_loss(batch.to(self.device))
+            loss.backward()
+        except RuntimeError as error:
+            if "memory" not in (cure(error) or ""):
+                raise
+            raise MemoryError(f"out of memory with a batch of {len(batch.ids)} utterances, {batch.seconds:.0f} s, "
+                              f"features {list(batch.features.shape)}; lower --batch-seconds from "
+                              f"{self.loader.batch_seconds:g}, with more --accumulate the update stays as large")
+        return {"count": n, "loss": loss.detach()} | {name: mean.detach() * n for name, mean in means.items()}
+
+    def batches(self):
+        """Batch after batch from where the run stands, epoch after epoch; a file that cannot be used is named once."""
+        progress = self.progress
         while True:
-            spent = progress["seconds"] / (60 * args.minutes) if args.minutes else progress["step"] / args.steps
-            if spent >= 1:
-                break
-            factor = max(learning_rate(spent, args.warmup), 1e-3)
-            for group, rate in zip(optimizer.param_groups, base_rates):
-                group["lr"] = rate * factor
-            if before_step:
-                before_step(progress["step"])
-            # ---- forward and backward, one batch or several; a step's dropout depends on its number alone, so a
-            # resumed run is the same run
-            torch.manual_seed(mix(args.seed, progress["step"], rank))
-            optimizer.zero_grad(set_to_none=True)
-            count = torch.zeros((), device=device)
-            for _ in range(args.accumulate):
-                batch = next(batches, None)
-                while batch is None:
-                    progress["epoch"], progress["batch"] = progress["epoch"] + 1, 0
-                    batches = loader.epoch(progress["epoch"], 0)
-                    batch = next(batches, None)
+            for batch in self.loader.epoch(progress["epoch"], progress["batch"]):
                 progress["batch"] += 1
-                for problem in sorted(set(batch.failed) - unreadable):
+                for problem in sorted(set(batch.failed) - self.unreadable):
                     tqdm.write(f"skipped: {problem}", file=sys.stderr)
-                unreadable.update(batch.failed)
+                self.unreadable.update(batch.failed)
                 if not batch.ids:
-                    raise UserError(f"none of the training audio can be read any more ({batch.failed[0]})")
-                with autocast(device, dtype):
-                    loss, n, parts = compute_loss(batch.to(device))
-                loss.backward()
-                count, heard = count + n, heard + batch.seconds * world
-                for name, value in {"loss": loss.detach() / n, **parts}.items():
-                    totals.setdefault(name, []).append(value.detach())
-            average_gradients(parameters, count)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-            if not torch.isfinite(norm):
-                tqdm.write(f"step {progress['step']}: the gradient is not finite, update skipped "
-                           f"({', '.join(batch.ids[:3])} ...)")
-                run.log(step=progress["step"], skipped=batch.ids)
-            else:
-                optimizer.step()
-            progress["step"] += 1
-            stop, progress["seconds"] = agree(signals.received, before + time.time() - started, device)
-            # ---- averaged weights: an exponential mean whose horizon is a twentieth of the steps so far
-            decay = 1 - 1 / (1 + 0.05 * progress["step"])
-            with torch.no_grad():
-                for name, value in student.state_dict().items():
-                    averaged[name].lerp_(value, 1 - decay) if value.is_floating_point() else averaged[name].copy_(value)
-            # ---- tell
-            bar.update()
-            if progress["step"] % 20 == 0 or progress["step"] == 1:
-                means = {k: torch.stack(v).mean().item() for k, v in totals.items()}
-                speed = heard / (time.time() - started)
-                bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} s of audio/s")
-                run.log(step=progress["step"], lr=base_rates[0] * factor, gradient_norm=norm.item(),
-                        audio_per_second=round(speed, 1), **means)
-                totals = {}
-            if progress["step"] % eval_every == 0:
-                evaluation()
-            if progress["step"] % eval_every == 0 or time.time() - saved > 300:
-                save_last()
-                saved = time.time()
-            if stop:
-                save_last()
-                bar.close()
-                print(f"stopped by signal {signals.received} at step {progress['step']}; the same command goes on "
-                      f"from here")
-                return 128 + (signals.received or signal.SIGTERM)
-        bar.close()
-        if progress["step"] % eval_every:
-            evaluation()
-        progress["finished"] = True
-        save_last()
-    if rank == 0:
-        print(f"{progress['step']} steps in {progress['seconds'] / 60:.1f} minutes; best score "
-              f"{progress['best']:.4g}: {run.out / 'best.pt'}"
-              + (f"; {len(unreadable)} files could not be read" if unreadable else ""))
-    return 0
+                    raise UserError(f"none of the training audio can be used any more ({batch.failed[0]})")
+                yield batch
+            progress["epoch"], progress["batch"] = progress["epoch"] + 1, 0
+
+    def gradients(self, batches):
+        """--accumulate batches of every process, as if they were one. -> {name: mean} with the gradient's norm"""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums, self.heard = {}, []
+        for k in range(self.args.accumulate):
+            batch = next(batches)
+            # dropout depends on the update and the batch's place in it, not on what ran before or where
+            torch.manual_seed(mix(self.args.seed, self.progress["step"], k * self.world + self.rank))
+            parts = self.forward_backward(batch)
+            sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
+            self.heard.append((batch, parts["loss"]))
+        sums["count"] = sums["count"].to(sums["loss"])  # (its device)
+        count, *totals = average_gradients(self.parameters, torch.stack([*sums.values()]).float())
+        norm = clip_grad_norm_(self.parameters, self.args.clip)
+        return dict(zip([*sums][1:] + ["gradient_norm"], torch.stack([*(x / count for x in totals), norm]).tolist()))
+
+    def update(self, means):
+        """Step the optimizer, then the averaged weights: an exponential mean whose horizon is a twentieth of the
+        steps so far. A loss or gradient that is not finite changes no weight."""
+        progress = self.progress
+        progress["step"] += 1
+        if math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"]):
+            self.optimizer.step()
+            progress["skipped_in_a_row"] = 0
+            for name, value in (means | {"steps": 1}).items():
+                progress["sums"][name] = progress["sums"].get(name, 0) + value
+        else:
+            self.skip()
+        decay = 1 - 1 / (1 + 0.05 * progress["step"])
+        with torch.no_grad():
+            for mean, value in zip(self.averaged.state_dict().values(), self.student.state_dict().values()):
+                mean.lerp_(value, 1 - decay) if value.is_floating_point() else mean.copy_(value)
+
+    def skip(self):
+        """Name the utterances of an update that went wrong; give up after PATIENCE of them in a row."""
+        progress = self.progress
+        progress["skipped"] += 1
+        progress["skipped_in_a_row"] += 1
+        heard = sum(everyone([(bool(loss.isfinite()), batch.ids) for batch, loss in self.heard]), [])
+        ids = [id for fine, ids in heard if not fine or all(fine for fine, _ in heard) for id in ids]
+        what = f"loss or gradient is not finite ({', '.join(ids[:5])}{' ...' * (len(ids) > 5)})"
+        self.run.log(step=progress["step"], skipped=ids)
+        self.say(f"step {progress['step']}: update skipped, {what}", sys.stderr)
+        if progress["skipped_in_a_row"] == PATIENCE:
+            raise UserError(f"{PATIENCE} updates in a row skipped, {what}; last.pt and best.pt are intact: look at "
+                            f"these utterances or start anew with a lower --lr")
+
+    def tell(self, bar, speed):
+        """Every 20 updates the means since the last time, on the bar and in the log."""
+        progress, rate, gpu = self.progress, self.optimizer.param_groups[0]["lr"], {}
+        bar.update(int(progress[self.unit]) - bar.n)
+        if (progress["step"] % 20 and progress["step"] != 1) or not progress["sums"]:
+            return
+        steps = progress["sums"].pop("steps")
+        means, progress["sums"] = {name: value / steps for name, value in progress["sums"].items()}, {}
+        if self.device.type == "cuda":
+            gpu = {"GiB": round(torch.cuda.max_memory_allocated(self.device) / 2 ** 30, 2)}
+        bar.set_postfix_str(f"loss {means['loss']:.3f}, lr {rate:.1e}, {speed:.0f} s of audio/s"
+                            + "".join(f", {gib} GiB" for gib in gpu.values()))
+        self.run.log(step=progress["step"], lr=rate, **means, audio_per_second=round(speed, 1), **gpu)
+
+    def evaluation(self):
+        """Score the averaged weights and keep the best."""
+        with torch.no_grad():
+            results, score = self.evaluate(self.averaged)
+        step = self.progress["step"]
+        self.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
+        self.run.log(step=step, **results)
+        if score < self.progress["best"] or not (self.run.out / "best.pt").exists():
+            self.progress["best"] = score
+            self.write("best.pt", model=self.export(self.averaged.state_dict()), results=results, step=step)
+
+    def save(self):
+        self.saved = time.time()
+        self.write("last.pt", model=self.averaged.state_dict(), raw_model=self.student.state_dict(),
+                   optimizer=self.optimizer.state_dict(), progress=self.progress)
+
+    def write(self, name, **entries):
+        if self.rank == 0:
+            self.run.save_checkpoint(self.run.out / name, **entries, **self.extra)
 
 
-def agree(stop, seconds, device):
-    """The same answer on every process, the largest: nobody waits for a process that has left, all follow one clock."""
-    if not dist.is_initialized():
-        return bool(stop), seconds
-    both = torch.tensor([float(bool(stop)), seconds], device=device)
-    dist.all_reduce(both, dist.ReduceOp.MAX)
-    return bool(both[0]), both[1].item()
+def train(*what):
+    """Both stages call this with what Training takes. -> exit code"""
+    return Training(*what).loop()

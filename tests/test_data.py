@@ -1,6 +1,7 @@
 """Sources, audio, features, tokenizer and batches."""
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,21 @@ def test_bad_audio_is_one_line_with_the_file(tmp_path):
         with pytest.raises(UserError, match=name) as error:
             data.load_audio(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+def test_names_and_headers_that_lie_are_one_line(tmp_path, capsys):
+    """A name that is no UTF-8, a rate that no resampler has room for, 2^35 frames in a FLAC of one second."""
+    latin = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    write_sine(tmp_path / "a.wav").rename(latin)
+    write_sine(tmp_path / "odd.wav", rate=44_101)
+    flac = bytearray(write_sine(tmp_path / "long.flac").read_bytes())
+    flac[21] |= 0x0F                                                                # total samples, 36 bits from here
+    (tmp_path / "long.flac").write_bytes(flac)
+    write_sine(tmp_path / "good.wav")
+    assert [Path(u.path).name for u in data.load_utterances(tmp_path)] == ["good.wav"]
+    assert data.main(["check", str(tmp_path)]) == 1                                 # which prints the names
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("caf\\udce9.wav", "not UTF-8", "44101 Hz, convert it", "a length of 40265"))
 
 
 def test_truncated_audio_is_read_as_far_as_it_goes_or_named(tmp_path):

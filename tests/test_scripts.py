@@ -3,13 +3,13 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 import data
@@ -17,6 +17,7 @@ import decode
 import finetune_rnnt
 import model
 import pretrain_kd
+import run
 from conftest import DEMO, ROOT
 
 TINY = ["--steps", "4", "--batch-seconds", "12", "--workers", "0", "--eval-every", "2", "--device", "cpu"]
@@ -145,28 +146,25 @@ def test_a_finished_run_is_left_alone_and_other_arguments_are_named(which, main,
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    "stage, main, arguments", [(pretrain_kd, pretrain_kd.main, "stage1"), (finetune_rnnt, finetune_rnnt.main, "stage2")]
-)
-def test_an_interrupted_run_goes_on_bit_by_bit(stage, main, arguments, request, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("stage, arguments, whole", [(pretrain_kd, "stage1", "pretrained"),
+                                                     (finetune_rnnt, "stage2", "finetuned")])
+def test_an_interrupted_run_goes_on_bit_by_bit(stage, arguments, whole, request, tmp_path, monkeypatch, capsys):
     """SIGTERM in the middle of the third step; the evaluation of step 2 lies behind it, that of step 4 ahead."""
-    whole = request.getfixturevalue("pretrained" if stage is pretrain_kd else "finetuned")
+    whole = request.getfixturevalue(whole)
     arguments = [*request.getfixturevalue(arguments), "--out", str(tmp_path / "out")]
-    name = "stage1_loss" if stage is pretrain_kd else "stage2_loss"
-    loss, calls = getattr(stage, name), []
+    update, calls = run.Training.update, []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*args)
-    monkeypatch.setattr(stage, name, interrupted)
-    assert main(arguments) == 143
+        update(*args)
+    monkeypatch.setattr(run.Training, "update", interrupted)
+    assert stage.main(arguments) == 143
     assert "stopped by signal 15 at step 3" in capsys.readouterr().out and len(calls) == 3
-    monkeypatch.setattr(stage, name, loss)
     with open(tmp_path / "out/log.jsonl", "a") as file:
         file.write('{"step": 4, "lost": 1}\n{"ste')  # what a crash after the last checkpoint leaves
-    assert main(arguments) == 0
+    assert stage.main(arguments) == 0
     assert "continuing" in capsys.readouterr().out
     same_training(whole, tmp_path / "out")
     log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
@@ -225,7 +223,6 @@ def test_decode_scores(finetuned, corpus, capsys):
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_decode_files(finetuned, corpus, tmp_path, capsys, workers):
     """One good file, one that is no audio, one of NaN: the good one is transcribed, each of the others is a line."""
-    import soundfile
     good = next((corpus / "dev").rglob("*.opus"))
     (tmp_path / "letter.wav").write_text("not a sound")
     soundfile.write(tmp_path / "nan.wav", torch.full((48_000,), float("nan")).numpy(), 16_000, subtype="FLOAT")
@@ -312,34 +309,109 @@ def test_readme_points_at_the_lines_it_names():
         assert file == target and line == anchor and re.match(rf"\s*(def|class) {name}\b", found), f"{file}:{line} is {found!r}, not {name}"
 
 
-@pytest.mark.parametrize("budget", [["--steps", "3"], ["--minutes", "0.03"]])
-def test_two_processes_end_together_with_equal_weights(budget, stage2, tmp_path):
-    """torchrun with gloo: rank 0 writes, both follow one clock, and neither waits for the other at the end."""
-    arguments = stage2[: stage2.index("--steps")] + ["--batch-seconds", "12", "--workers", "0", "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "finetune_rnnt.py")]
-    done = subprocess.run([*command, *arguments, *budget, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("next: python decode.py") == 1 and done.stdout.count("training on") == 1
-    assert torch.load(tmp_path / "two/last.pt", weights_only=True)["progress"]["settings"]["processes"] == "2"
+# ---------------------------------------------------------------------------- bad data
+
+def write_bad_data(corpus, folder):
+    """Four manifests of at most five lines that cannot be used, beside valid audio of every kind. -> (their paths,
+    {file or line that must be named: how many words of the reason}, valid utterances)"""
+    folder.mkdir()
+    [good, *_] = [u for u in data.load_utterances(corpus / "train", True) if u.seconds > 1.5]
+    wave = data.load_audio(good.path).numpy()
+    kinds = {"loud.wav": ("FLOAT", 16_000, 3e4 * wave), "nan.wav": ("FLOAT", 16_000, wave + float("nan")),
+             "silent.wav": ("PCM_16", 16_000, 0 * wave), "odd.wav": ("PCM_16", 16_001, wave),
+             "short.wav": ("PCM_16", 16_000, wave[:800]), "cut.flac": ("PCM_16", 16_000, wave),
+             "24bit.wav": ("PCM_24", 16_000, wave), "8bit.wav": ("PCM_U8", 16_000, wave),
+             "32bit.wav": ("PCM_32", 48_000, wave.repeat(3)), "float.wav": ("FLOAT", 44_100, wave.repeat(3)),
+             "stereo.wav": ("PCM_16", 22_050, torch.tensor(wave).repeat(2, 1).T.numpy())}
+    for name, (subtype, rate, samples) in kinds.items():
+        soundfile.write(folder / name, samples, rate, subtype=subtype)
+    (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:-4000])
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "letter.wav").write_text("not a sound")
+    (folder / "folder.wav").mkdir()
+    os.mkfifo(folder / "pipe.wav")
+    row = lambda name, text=good.text, **more: json.dumps({"audio_filepath": str(name), "text": text, **more})
+    manifests = {
+        "audio.jsonl": [row(name) for name in ("empty.wav", "letter.wav", "folder.wav", "pipe.wav", "gone.wav", "float.wav")],
+        "more.jsonl": [row("odd.wav"), row("short.wav"), row("nan.wav"), row("loud.wav"), row("cut.flac"),
+                       row("float.wav")],
+        "lines.jsonl": ["{broken", json.dumps({"text": "no path"}), row("24bit.wav", 5), "[" * 9999, row("\ud800.wav"),
+                        row("float.wav")],
+        "texts.jsonl": [row("24bit.wav", ""), row("8bit.wav", " ?! "), row("silent.wav"), row("stereo.wav", 99 * good.text)],
+        "valid.jsonl": [row("24bit.wav"), row(folder / "8bit.wav"), row("32bit.wav", "我们 ЖЖЖ"), row("float.wav", duration=9)]}
+    for name, lines in manifests.items():
+        (folder / name).write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode("utf-8", "surrogatepass"))
+    return [str(folder / name) for name in manifests]
 
 
-def test_gradients_of_two_processes_are_those_of_one_large_batch(tmp_path):
-    """average_gradients: sums over unequal parts, divided by the global count, against the plain mean over all."""
-    script = tmp_path / "ranks.py"
-    script.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, run
-rank, world = run.start_processes(torch.device("cpu"))
-x = torch.arange(15.0).reshape(5, 3); w = torch.ones(3, requires_grad=True)
-mine = x[:4] if rank == 0 else x[4:]
-((mine @ w) ** 2).sum().backward()
-run.average_gradients([w], torch.tensor(float(len(mine))))
-v = torch.ones(3, requires_grad=True); ((x @ v) ** 2).mean().backward()
-torch.testing.assert_close(w.grad, v.grad)
-torch.distributed.destroy_process_group()""")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_bad_data_through_all_three_scripts(stage1, stage2, finetuned, corpus, tmp_path, capfd):
+    """Each is one line that names it and says why, the valid utterances are used as if they were alone."""
+    sources = write_bad_data(corpus, tmp_path / "bad")
+    scanned = ["empty.wav: the file is empty", "letter.wav: not readable as audio", "folder.wav: there is no such file",
+               "pipe.wav: there is no such file", "gone.wav: there is no such file", "odd.wav: not readable as audio (a sample "
+               "rate of 16001 Hz", "short.wav: 0.05 s long", *(f"lines.jsonl:{n}: expected" for n in range(1, 6))]
+    read = [f"{name}: not readable as audio" for name in ("nan.wav", "loud.wav", "cut.flac")]
+    untranscribed, trained = ["24bit.wav: no transcript", "8bit.wav: no transcript"], ["silent.wav: silence"]
+    capfd.readouterr()
+
+    def skipped(main, arguments, expected, code=0):
+        assert main(arguments) == code
+        out, err = capfd.readouterr()
+        lines = [line for line in err.replace("\r", "\n").splitlines() if "skipped: " in line]
+        assert [sum(words in line for line in lines) for words in expected] == [1] * len(expected), err
+        assert len(lines) == len(expected) and "Traceback" not in err, err
+        return out
+    for name, main, arguments, expected in (
+            ("pretrain", pretrain_kd.main, stage1, scanned + read + trained),
+            ("finetune", finetune_rnnt.main, stage2, scanned + untranscribed + read + trained + ["stereo.wav: its transcript"])):
+        out = skipped(main, [*arguments, "--data", *sources, "--out", str(tmp_path / name), "--steps", "12"], expected)
+        assert f"; {len(set(expected) & {*read, *trained, 'stereo.wav: its transcript'})} files could not be used" in out
+    score = ["--checkpoint", str(finetuned), "--device", "cpu", "--workers", "0", "--output", str(tmp_path / "scores.jsonl")]
+    skipped(decode.main, [*score, "--data", sources[-1]], [])
+    alone = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    out = skipped(decode.main, [*score, "--data", *sources], scanned + untranscribed + read)
+    among = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert len(alone) == 4 and all(row["hypothesis"] in [r["hypothesis"] for r in among] for row in alone)
+    assert len(among) == 6 and f"{len(scanned + untranscribed + read)} could not be used" in out
+
+
+@pytest.mark.parametrize("script", ["stage1", "stage2", "decode"])
+def test_a_source_of_which_nothing_is_left_is_one_line(script, stage1, stage2, finetuned, tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/x.wav").write_bytes(b"")
+    arguments = {"stage1": stage1, "stage2": stage2, "decode": ["--checkpoint", str(finetuned), "--device", "cpu"]}[script]
+    main = {"stage1": pretrain_kd.main, "stage2": finetune_rnnt.main, "decode": decode.main}[script]
+    capsys.readouterr()
+    out = ["--output", str(tmp_path / "x.jsonl")] if script == "decode" else ["--out", str(tmp_path / "x")]
+    code = main([*arguments, "--data", str(tmp_path / "source"), *out])
+    err = capsys.readouterr().err
+    assert code == 2 and "source/x.wav" in err and err.count(": error: ") == 1 and "Traceback" not in err
+
+
+def test_a_full_disk_is_one_line_when_decoding(finetuned, corpus, tmp_path, capsys, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+        code = decode.main(["--data", str(corpus / "dev"), "--checkpoint", str(finetuned), "--device", "cpu", "--workers", "0",
+                            "--out", str(tmp_path / "scores.jsonl")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = capsys.readouterr().err
+    assert code == 2 and err.count(": error: ") == 1 and "too large" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:5000] + b"?" + b[5001:]])
+def test_a_damaged_checkpoint_is_one_line_in_all_three_scripts(damage, stage1, stage2, pretrained, finetuned, tmp_path, capsys):
+    capsys.readouterr()
+    for main, arguments, source in ((pretrain_kd.main, stage1, pretrained), (finetune_rnnt.main, stage2, finetuned)):
+        out = tmp_path / source.name
+        out.mkdir()
+        (out / "last.pt").write_bytes(damage((source / "last.pt").read_bytes()))
+        refused(capsys, main([*arguments, "--out", str(out)]), str(out / "last.pt"), "damaged")
+    (tmp_path / "best.pt").write_bytes(damage((finetuned / "best.pt").read_bytes()))
+    refused(capsys, decode.main(["--checkpoint", str(tmp_path / "best.pt"), "--device", "cpu"]), "best.pt", "damaged")
+    refused(capsys, finetune_rnnt.main([*stage2, "--init", str(tmp_path / "best.pt"), "--out", str(tmp_path / "y")]), "best.pt")
 
 
 # ---------------------------------------------------------------------------- output distillation
