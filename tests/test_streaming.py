@@ -223,7 +223,7 @@ def by_heart(demo_utterances, tmp_path_factory):
         batch.features = torch.nn.utils.rnn.pad_sequence(mels, batch_first=True)
         batch.feature_lengths = torch.tensor([len(mel) for mel in mels])
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min((step + 1) / 20, 1, (300 - step) / 150)  # to zero: however rounding goes, it settles
+            group["lr"] = 3e-3 * min((step + 1) / 20, 1, (300 - step) / 150)
         loss, count, _ = finetune_rnnt.stage2_loss(student, batch, options)
         optimizer.zero_grad()
         (loss / count).backward()
@@ -246,7 +246,8 @@ def test_long_audio_doubles_no_word_and_loses_few(by_heart, tmp_path, capsys):
                             "0", "--output", str(tmp_path / "long.jsonl")]) == 0
         captured = capsys.readouterr()
         errors = word_errors(" ".join(u.text for u in order), captured.out.split("\t")[1])
-        assert "RTF" in captured.err and errors.insertions == 0 and errors.rate < 15, (pause, str(errors), errors.alignment)
+        assert "RTF" in captured.err
+        assert errors.insertions == 0 and errors.rate < 15, (pause, str(errors), errors.alignment)
         [row] = map(json.loads, (tmp_path / "long.jsonl").read_text().splitlines())
         starts = [word["start"] for word in row["words"]]
         assert starts == sorted(starts) and len(audio) / 16_000 - 5 < starts[-1] < len(audio) / 16_000
