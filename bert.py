@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-from losses import valid_mask
+from losses import ctc_loss, valid_mask
+from model import load_checkpoint, save_checkpoint
 from run import UserError
 
 TOP, TEMPERATURE = 8, 3.0
@@ -63,14 +64,14 @@ def soft_labels(tokenizer, bert, text):
 def label_texts(name, texts, folder, device):
     """Soft labels of all texts, computed once and kept in `folder`. -> {text: what soft_labels gives}"""
     path = folder / f"soft-labels-{re.sub('[^a-zA-Z0-9]+', '-', name)}.pt"
-    known = torch.load(path, weights_only=True) if path.exists() else {}
+    known = load_checkpoint(path)["labels"] if path.exists() else {}
     missing = sorted({text for text in texts if text is not None} - known.keys())
     if missing:
         tokenizer, bert = load_bert(name, device)
         for text in tqdm(missing, desc="BERT", unit="text"):
             known[text] = soft_labels(tokenizer, bert, text)
         whole = path.with_suffix(f".{os.getpid()}")  # every process makes its own: the last one stays, all are alike
-        torch.save(known, whole)
+        save_checkpoint(whole, labels=known)
         whole.replace(path)
     return known
 
@@ -129,9 +130,7 @@ class Tutor:
     def __call__(self, student, hidden, lengths, batch):
         """To be called after the encoder, which left its intermediate layers here. -> {name: sum over utterances}"""
         middle = list(self.heard.values())
-        log_probs = [student.ctc(h).float().log_softmax(-1).transpose(0, 1) for h in middle]
-        ctc = [F.ctc_loss(x, batch.targets, lengths, batch.target_lengths, reduction="none", zero_infinity=True)
-               for x in log_probs]
+        ctc = [ctc_loss(student.ctc(h), batch.targets, lengths, batch.target_lengths) for h in middle]
         written = [b for b, text in enumerate(batch.texts) if text is not None]
         # nothing written: still a loss of every weight, or this process's gradients would be fewer than the others'
         loss = interaed_loss(student.auxiliary, [h[written] for h in [*middle, hidden]], lengths[written],

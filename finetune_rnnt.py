@@ -40,16 +40,15 @@ def stage2_loss(student, batch, args, teachers=(), tutor=None):
         batch, nodes, soft_labels = listen(teachers, batch, args)
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
     predicted, parts = student.predict(batch.targets), {}
-    lattice = hidden, predicted, batch.targets, lengths, batch.target_lengths
+    labels = batch.targets, lengths, batch.target_lengths
     if student.config.simple_joiner:
-        each = losses.pruned_transducer_loss(student.joiner, student.simple_joiner, *lattice, reduction="none")
+        each = losses.pruned_transducer_loss(student.joiner, student.simple_joiner, hidden, predicted, *labels,
+                                             reduction="none")
         parts["transducer"], parts["simple"] = (loss @ batch.weights for loss in each)
     else:
-        loss = losses.transducer_loss_from_joiner(student.joiner, *lattice, reduction="none")
+        loss = losses.transducer_loss_from_joiner(student.joiner, hidden, predicted, *labels, reduction="none")
         parts["transducer"] = loss @ batch.weights
-    log_probs = student.ctc(hidden).float().log_softmax(-1).transpose(0, 1)                            # (T, B, V)
-    parts["ctc"] = batch.weights @ F.ctc_loss(log_probs, batch.targets, lengths, batch.target_lengths,
-                                              reduction="none", zero_infinity=True)
+    parts["ctc"] = batch.weights @ losses.ctc_loss(student.ctc(hidden), *labels)
     if teachers:
         parts["kd"], _ = losses.path_distillation_loss(student.joiner, hidden, predicted, nodes, soft_labels, lengths,
                                                        args.kd_temperature, args.kd_shift)
@@ -68,13 +67,14 @@ def listen(teachers, batch, args):
     device = batch.features.device
     features = pad_sequence([data.log_mel(w) for w in batch.waveforms], batch_first=True).to(device)
     hidden = [teacher.encoder(features, batch.feature_lengths) for teacher in teachers]
-    if None in batch.texts:
+    untold = [b for b, text in enumerate(batch.texts) if text is None]
+    if untold:
         with torch.autocast(device.type, enabled=False):
-            search = GreedyTransducer(teachers[0], len(batch.texts))
-            search.advance(hidden[0][0].float(), hidden[0][1])
-        heard = [[token.label for token in best.tokens] for [best] in search.results()]
-        labels = [row[:n] if text is not None else torch.tensor(own, device=device, dtype=torch.long)
-                  for row, n, text, own in zip(batch.targets, batch.target_lengths, batch.texts, heard)]
+            search = GreedyTransducer(teachers[0], len(untold))
+            search.advance(hidden[0][0][untold].float(), hidden[0][1][untold])
+        labels = [row[:n] for row, n in zip(batch.targets, batch.target_lengths)]
+        for b, [best] in zip(untold, search.results()):
+            labels[b] = torch.tensor([token.label for token in best.tokens], device=device, dtype=torch.long)
         batch = replace(batch, targets=pad_sequence(labels, batch_first=True),
                         target_lengths=torch.tensor([len(x) for x in labels], device=device))
     ensemble = [(teacher.joiner, h, teacher.predict(batch.targets)) for teacher, (h, _) in zip(teachers, hidden)]
@@ -93,7 +93,7 @@ def load_teachers(paths, device):
         if tokenizer.to_str() != loaded[0][1].to_str():
             raise UserError(f"--teacher-transducer {path} has another tokenizer than {paths[0]}: teachers of one "
                             f"ensemble must write the same tokens")
-    return [teacher.eval().requires_grad_(False) for teacher, _ in loaded], loaded[0][1]
+    return [teacher.requires_grad_(False) for teacher, _ in loaded], loaded[0][1]
 
 
 def new_student(args, tokenizer, seconds, say):

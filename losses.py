@@ -57,7 +57,14 @@ def distillation_loss(prediction, target, lengths, kind="l1"):
     return (error * valid_mask(lengths, T)).sum(), lengths.sum()
 
 
-# ---------------------------------------------------------------------------- three transducer losses
+# ---------------------------------------------------------------------------- stage 2: CTC and three transducer losses
+
+def ctc_loss(logits, targets, lengths, target_lengths):
+    """Graves 2006: logits (B, T, V), targets (B, U) -> (B,); 0 where an utterance is too short for its targets."""
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)                         # (T, B, V)
+    return F.ctc_loss(log_probs, targets, lengths, target_lengths, reduction="none", zero_infinity=True)
+
+
 
 def transducer_loss(logits, targets, logit_lengths, target_lengths, blank=BLANK, reduction="mean"):
     """-log P(targets | logits), summed over all alignments, exact, with an exact gradient.

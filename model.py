@@ -361,7 +361,7 @@ def load_student(checkpoint, **changes):
     try:
         known = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()})
         student = Student(replace(known, **changes))
-        weights = checkpoint["model"]
+        weights = exported(checkpoint["model"])
         if changes:
             weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
             student.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights.items()})

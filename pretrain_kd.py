@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -191,10 +190,10 @@ def remember(args, teachers, train_set, dev_set, say, rank, world):
         if rank == 0 and sum(size) > free:
             raise UserError(f"--cache {folder} has {free:.3g} GB free, {sum(size):.3g} GB are needed; choose another "
                             f"disk, fewer --speeds or teachers")
-        together()  # nobody writes while others still look at what is missing
+        running.everyone(None)  # nobody writes while others still look at what is missing
         if missing:
             fill(caches, teachers, missing, args, rank, world)
-        together()
+        running.everyone(None)
         for cache in caches:
             cache.read()
     except OSError as error:
@@ -204,11 +203,6 @@ def remember(args, teachers, train_set, dev_set, say, rank, world):
     for teacher in teachers:
         teacher.encoder = None  # its memory is the student's now
     return caches, *([u for u in some if u.path not in unknown] for some in (train_set, dev_set))
-
-
-def together():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def fill(caches, teachers, missing, args, rank, world):

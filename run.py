@@ -242,6 +242,7 @@ class Run:
             with self.writing(), open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
+
 # ---------------------------------------------------------------------------- the training loop
 
 def learning_rate(progress, warmup):

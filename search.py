@@ -60,7 +60,7 @@ class GreedyTransducer:
         now, count = torch.zeros_like(lengths), torch.zeros_like(lengths)    # a row's frame, its labels in that frame
         while len(rows := (now < lengths).nonzero()[:, 0]):
             frames = now[rows, None] + torch.arange(AHEAD, device=hidden.device)                       # (rows, AHEAD)
-            logits = joiner.out(torch.tanh(encoded[rows[:, None], frames] + self.predicted[rows, None]))
+            logits = joiner.join(encoded[rows[:, None], frames], self.predicted[rows, None])
             best, label = logits.log_softmax(-1).max(-1)
             inside = frames < lengths[rows, None]
             speaks = (label != BLANK) & inside
@@ -165,7 +165,7 @@ class BeamTransducer:
         score, predicted, state, text = self.score, self.predicted, self.state, self.text
         done = []                                                               # after their blank
         for s in range(S + 1):
-            log_probs = self.student.joiner.out(torch.tanh(encoded + predicted)).log_softmax(-1)       # (B, K, V)
+            log_probs = self.student.joiner.join(encoded, predicted).log_softmax(-1)                   # (B, K, V)
             blank = log_probs[..., BLANK].masked_fill(~alive[:, None], 0)       # behind the end only blank, for nothing
             done.append((score + blank, ints, floats, predicted, state, text))
             if s == S:
