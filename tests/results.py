@@ -1,0 +1,200 @@
+"""The rows of README.md's "Results": real speech, real teachers, little labelled. One command repeats one row or all.
+
+    python tests/results.py --lab LAB                                # everything: about six hours on one CPU core
+    python tests/results.py --lab LAB --rows "no KD" "Whisper base" --seeds 0 1 2
+    python tests/results.py --lab LAB --rows --figure results.png    # train nothing; table and picture of what is there
+
+LAB holds LibriSpeech/train-clean-5, train-clean-100-part and dev-clean-part. Labelled: tests/labelled-1h.txt, of 28
+speakers of train-clean-5; unlabelled: the rest of it and train-clean-100-part. The model is chosen on five speakers of
+dev-clean and scored on five others. What is finished is not done again; what was interrupted goes on.
+"""
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+from decode import Errors
+from plot import read_log
+from run import UserError, polite
+
+DEVELOPMENT, FINAL = "84 251 1272 1673 1988".split(), "2035 2086 2412 2803 652".split()
+BUDGET = {"pretrain": "--steps 2400 --eval-every 400", "finetune": "--steps 1200 --eval-every 300"}
+
+STUDENTS = {  # of stage 1: its teachers, its audio, what else
+    "tiny": ("{tiny}", "1h", ""),
+    "base": ("{base}", "1h", ""),
+    "moonshine": ("{moonshine}", "1h", ""),
+    "two": ("{tiny} {moonshine}", "1h", ""),
+    "three": ("{tiny} {base} {moonshine}", "1h", ""),
+    "base-more": ("{base}", "1h rest", ""),
+    "two-more": ("{tiny} {moonshine}", "1h rest", ""),
+    "three-more": ("{tiny} {base} {moonshine}", "1h rest", ""),
+    "base-more-long": ("{base}", "1h rest", "--steps 4800 --eval-every 800"),
+    "three-more-long": ("{tiny} {base} {moonshine}", "1h rest", "--steps 4800 --eval-every 800"),
+    "two-more-streaming": ("{tiny} {moonshine}", "1h rest", "--chunk 16 --left 64"),
+}
+TEACHER = "Whisper base, + 6.2 h unlabelled"         # of output distillation; its seeds 0, 1, 2 are the ensemble
+ROWS = {  # student of stage 1, labelled audio, what else in stage 2
+    "no KD": ("none", "1h", ""),
+    "Whisper tiny.en": ("tiny", "1h", ""),
+    "Whisper base": ("base", "1h", ""),
+    "Moonshine": ("moonshine", "1h", ""),
+    "tiny.en + Moonshine": ("two", "1h", ""),
+    "all three": ("three", "1h", ""),
+    TEACHER: ("base-more", "1h", ""),
+    "tiny.en + Moonshine, + 6.2 h unlabelled": ("two-more", "1h", ""),
+    "all three, + 6.2 h unlabelled": ("three-more", "1h", ""),
+    "Whisper base, + 6.2 h unlabelled, stage 1 twice as long": ("base-more-long", "1h", ""),
+    "all three, + 6.2 h unlabelled, stage 1 twice as long": ("three-more-long", "1h", ""),
+    "+ one-best path": ("base-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3"),
+    "+ essence of three": ("base-more", "1h", "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3 "
+                                              "--essence-top-k 4"),
+    "+ BERT": ("base-more", "1h", "--bert {bert}"),
+    "streaming, no KD": ("none", "1h", "--chunk 16 --left 64"),
+    "streaming, tiny.en + Moonshine, + 6.2 h unlabelled": ("two-more-streaming", "1h", ""),
+    "10 min labelled, no KD": ("none", "10min", ""),
+    "10 min labelled, Whisper base, + 7 h unlabelled": ("base-more", "10min", ""),
+    "5.3 h labelled, no KD": ("none", "5h", ""),
+    "5.3 h labelled, Whisper base, + 1.9 h unlabelled": ("base-more", "5h", ""),
+}
+MAIN = ["no KD", "Moonshine", "Whisper base", TEACHER, "tiny.en + Moonshine, + 6.2 h unlabelled",
+        "all three, + 6.2 h unlabelled", "all three, + 6.2 h unlabelled, stage 1 twice as long", "streaming, no KD",
+        "streaming, tiny.en + Moonshine, + 6.2 h unlabelled"]
+BY_HOURS = {"no KD": [(1 / 6, "10 min labelled, no KD"), (1, "no KD"), (5.3, "5.3 h labelled, no KD")],
+            "Whisper base, 7.2 h of audio": [(1 / 6, "10 min labelled, Whisper base, + 7 h unlabelled"), (1, TEACHER),
+                                             (5.3, "5.3 h labelled, Whisper base, + 1.9 h unlabelled")]}
+
+
+def write_manifests(lab, folder):
+    """Which audio is labelled, unlabelled, for development, for the final number."""
+    speech = lab / "LibriSpeech"
+    known = {Path(u.path).stem: u for u in data.load_utterances(speech / "train-clean-5", True)}
+    chosen = [known[id] for id in (ROOT / "tests/labelled-1h.txt").read_text().split()]
+    ten, seconds = [], 0.0
+    while seconds < 600:
+        ten.append(chosen[len(ten)])
+        seconds += ten[-1].seconds
+    held = [[u for speaker in some for u in data.load_utterances(speech / "dev-clean-part" / speaker, True)]
+            for some in (DEVELOPMENT, FINAL)]
+    rest = [u for u in known.values() if u not in chosen] + data.load_utterances(speech / "train-clean-100-part")
+    sets = {"10min": ten, "1h": chosen, "5h": known.values(), "rest": rest, "dev": held[0][::4], "final": held[1]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, utterances in sets.items():
+        rows = [{"audio_filepath": str(Path(u.path).absolute()), "id": Path(u.path).stem}
+                | ({} if name == "rest" else {"text": u.text}) for u in utterances]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Results:
+    def __init__(self, args):
+        self.args, self.out, self.audio = args, args.out, args.out / "audio"
+        self.names = {"tiny": args.whisper[0], "base": args.whisper[1], "moonshine": args.moonshine, "bert": args.bert,
+                      **{f"seed{seed}": self.folder(TEACHER, seed) for seed in (0, 1, 2)}}
+
+    def options(self, text):
+        return [word.format_map(self.names) for word in text.split()]
+
+    def folder(self, row, seed):
+        return self.out / "finetune" / f"{re.sub('[^a-z0-9.]+', '-', row.lower()).strip('-')}.{seed}"
+
+    def call(self, script, *options):
+        command = [sys.executable, str(ROOT / script), *(str(option) for option in options)]
+        print("$", *command[1:], flush=True)
+        if subprocess.run(command).returncode:
+            raise UserError(f"{script} ended with an error; its message stands above")
+
+    def sources(self, text):
+        return [self.audio / f"{name}.jsonl" for name in text.split()]
+
+    def pretrain(self, student):
+        """-> what stage 2 takes as --init"""
+        if student == "none":
+            return student
+        out, (teachers, audio, more) = self.out / "pretrain" / student, STUDENTS[student]
+        self.call("pretrain_kd.py", "--data", *self.sources(audio), "--dev", *self.sources("dev"), "--teachers",
+                  *self.options(teachers), "--cache", self.out / "cache", "--speeds", 1,
+                  *self.options(BUDGET["pretrain"] + " " + more), "--out", out)
+        return out
+
+    def row(self, name, seed):
+        """Train and score; both do nothing where they have been before."""
+        student, labelled, more = ROWS[name]
+        out = self.folder(name, seed)
+        self.call("finetune_rnnt.py", "--data", *self.sources(labelled), "--dev", *self.sources("dev"), "--init",
+                  self.pretrain(student), *self.options(BUDGET["finetune"] + " " + more), "--seed", seed, "--out", out)
+        for method in ("transducer", "ctc"):
+            if not (out / f"{method}.jsonl").exists():
+                self.call("decode.py", "--data", *self.sources("final"), "--checkpoint", out, "--method", method,
+                          "--output", out / f"{method}.jsonl")
+
+    def rates(self, name, method="transducer"):
+        """WER in percent of the seeds that are there, in their order."""
+        rates = []
+        for path in sorted(self.out.glob(f"finetune/{self.folder(name, '*').name}/{method}.jsonl")):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            kinds = [sum(row[kind] for row in rows) for kind in ("substitutions", "deletions", "insertions", "words")]
+            rates.append(Errors(*kinds).rate)
+        return rates
+
+    def table(self):
+        """Markdown: mean of the seeds, all of them behind it."""
+        print("| row | WER, transducer | of each seed | WER, CTC |\n|---|---|---|---|")
+        for name in ROWS:
+            if rates := self.rates(name):
+                print(f"| {name} | {statistics.mean(rates):.1f} % | {', '.join(f'{r:.1f}' for r in rates)} | "
+                      f"{statistics.mean(self.rates(name, 'ctc')):.1f} % |")
+
+    def figure(self, path):
+        """Left: development WER while stage 2 runs. Right: WER of the other speakers against hours of labels."""
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(13, 5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for name in MAIN:
+            if (self.folder(name, 0) / "log.jsonl").exists():
+                points = [(row["step"], row["dev WER"]) for row in read_log(self.folder(name, 0)) if "dev WER" in row]
+                left.plot(*zip(*points), ".--" if name.startswith("streaming") else ".-", label=name)
+        for name, rows in BY_HOURS.items():
+            if points := [(hours, statistics.mean(self.rates(row))) for hours, row in rows if self.rates(row)]:
+                right.plot(*zip(*points), "o-", label=name)
+        left.set(xlabel="updates of stage 2", ylabel="development WER, %")
+        right.set(xlabel="labelled audio", ylabel="WER, %", xscale="log")
+        right.set_xticks([1 / 6, 1, 5.3], ["10 min", "1 h", "5.3 h"], minor=False)
+        for panel in (left, right):
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
+        figure.savefig(path)
+
+
+@polite
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lab", type=Path, required=True, help="folder of the speech")
+    parser.add_argument("--whisper", nargs=2, default=["openai/whisper-tiny.en", "openai/whisper-base"],
+                        metavar=("TINY", "BASE"), help="hub names or folders (default %(default)s)")
+    parser.add_argument("--moonshine", default="UsefulSensors/moonshine-tiny", help="default %(default)s")
+    parser.add_argument("--bert", default="google-bert/bert-base-uncased", help="default %(default)s")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW",
+                        help=f"which to train (default: all): {'; '.join(ROWS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of stage 2 (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("exp/results"))
+    parser.add_argument("--figure", metavar="PNG", help="draw it there")
+    args = parser.parse_args(argv)
+    results = Results(args)
+    if args.rows:
+        write_manifests(args.lab, results.audio)
+    for name in args.rows:
+        for seed in args.seeds:
+            results.row(name, seed)
+    results.table()
+    if args.figure:
+        results.figure(args.figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
