@@ -39,36 +39,37 @@ STUDENTS = {  # of stage 1: its teachers, its audio, what else
     "three-more-long": ("{tiny} {base} {moonshine}", "1h rest", "--steps 4800 --eval-every 800"),
     "two-more-streaming": ("{tiny} {moonshine}", "1h rest", "--chunk 16 --left 64"),
 }
-TEACHER = "Whisper base, + 6.2 h unlabelled"         # of output distillation; its seeds 0, 1, 2 are the ensemble
-ROWS = {  # student of stage 1, labelled audio, what else in stage 2
+TEACHER = "all three, + 6.2 h unlabelled, twice"       # of output distillation; its seeds 0, 1, 2 are the ensemble
+ROWS = {  # student of stage 1, labelled audio, what else in stage 2; twice: a stage 1 of twice the updates
     "no KD": ("none", "1h", ""),
     "Whisper tiny.en": ("tiny", "1h", ""),
     "Whisper base": ("base", "1h", ""),
     "Moonshine": ("moonshine", "1h", ""),
     "tiny.en + Moonshine": ("two", "1h", ""),
     "all three": ("three", "1h", ""),
-    TEACHER: ("base-more", "1h", ""),
+    "Whisper base, + 6.2 h unlabelled": ("base-more", "1h", ""),
     "tiny.en + Moonshine, + 6.2 h unlabelled": ("two-more", "1h", ""),
     "all three, + 6.2 h unlabelled": ("three-more", "1h", ""),
-    "Whisper base, + 6.2 h unlabelled, stage 1 twice as long": ("base-more-long", "1h", ""),
-    "all three, + 6.2 h unlabelled, stage 1 twice as long": ("three-more-long", "1h", ""),
-    "+ one-best path": ("base-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3"),
-    "+ essence of three": ("base-more", "1h", "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3 "
+    "Whisper base, + 6.2 h unlabelled, twice": ("base-more-long", "1h", ""),
+    TEACHER: ("three-more-long", "1h", ""),
+    "+ one-best path": ("three-more-long", "1h", "--teacher-transducer {seed0} --kd-weight 0.3"),
+    "+ essence of three": ("three-more-long", "1h", "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3 "
                                               "--essence-top-k 4"),
-    "+ BERT": ("base-more", "1h", "--bert {bert}"),
+    "+ BERT": ("three-more-long", "1h", "--bert {bert}"),
     "streaming, no KD": ("none", "1h", "--chunk 16 --left 64"),
     "streaming, tiny.en + Moonshine, + 6.2 h unlabelled": ("two-more-streaming", "1h", ""),
     "10 min labelled, no KD": ("none", "10min", ""),
-    "10 min labelled, Whisper base, + 7 h unlabelled": ("base-more", "10min", ""),
+    "10 min labelled, all three, + 7 h unlabelled, twice": ("three-more-long", "10min", ""),
     "5.3 h labelled, no KD": ("none", "5h", ""),
-    "5.3 h labelled, Whisper base, + 1.9 h unlabelled": ("base-more", "5h", ""),
+    "5.3 h labelled, all three, + 1.9 h unlabelled, twice": ("three-more-long", "5h", ""),
 }
-MAIN = ["no KD", "Moonshine", "Whisper base", TEACHER, "tiny.en + Moonshine, + 6.2 h unlabelled",
-        "all three, + 6.2 h unlabelled", "all three, + 6.2 h unlabelled, stage 1 twice as long", "streaming, no KD",
+MAIN = ["no KD", "Moonshine", "Whisper base", "Whisper base, + 6.2 h unlabelled", "all three, + 6.2 h unlabelled",
+        "Whisper base, + 6.2 h unlabelled, twice", TEACHER, "streaming, no KD",
         "streaming, tiny.en + Moonshine, + 6.2 h unlabelled"]
 BY_HOURS = {"no KD": [(1 / 6, "10 min labelled, no KD"), (1, "no KD"), (5.3, "5.3 h labelled, no KD")],
-            "Whisper base, 7.2 h of audio": [(1 / 6, "10 min labelled, Whisper base, + 7 h unlabelled"), (1, TEACHER),
-                                             (5.3, "5.3 h labelled, Whisper base, + 1.9 h unlabelled")]}
+            "three teachers, 7.2 h of audio, stage 1 twice as long": [
+                (1 / 6, "10 min labelled, all three, + 7 h unlabelled, twice"), (1, TEACHER),
+                (5.3, "5.3 h labelled, all three, + 1.9 h unlabelled, twice")]}
 
 
 def write_manifests(lab, folder):
@@ -129,15 +130,18 @@ class Results:
         self.call("finetune_rnnt.py", "--data", *self.sources(labelled), "--dev", *self.sources("dev"), "--init",
                   self.pretrain(student), *self.options(BUDGET["finetune"] + " " + more), "--seed", seed, "--out", out)
         for method in ("transducer", "ctc"):
-            if not (out / f"{method}.jsonl").exists():
+            scores = out / f"{method}.jsonl"
+            if not scores.exists() or not scores.stat().st_size:  # decode.py makes an empty one before it listens
                 self.call("decode.py", "--data", *self.sources("final"), "--checkpoint", out, "--method", method,
-                          "--output", out / f"{method}.jsonl")
+                          "--output", scores)
 
     def rates(self, name, method="transducer"):
         """WER in percent of the seeds that are there, in their order."""
         rates = []
         for path in sorted(self.out.glob(f"finetune/{self.folder(name, '*').name}/{method}.jsonl")):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
+            if not rows:  # still at work, or interrupted
+                continue
             kinds = [sum(row[kind] for row in rows) for kind in ("substitutions", "deletions", "insertions", "words")]
             rates.append(Errors(*kinds).rate)
         return rates
@@ -146,25 +150,27 @@ class Results:
         """Markdown: mean of the seeds, all of them behind it."""
         print("| row | WER, transducer | of each seed | WER, CTC |\n|---|---|---|---|")
         for name in ROWS:
-            if rates := self.rates(name):
+            rates, ctc = self.rates(name), self.rates(name, "ctc")
+            if rates and ctc:
                 print(f"| {name} | {statistics.mean(rates):.1f} % | {', '.join(f'{r:.1f}' for r in rates)} | "
-                      f"{statistics.mean(self.rates(name, 'ctc')):.1f} % |")
+                      f"{statistics.mean(ctc):.1f} % |")
 
     def figure(self, path):
         """Left: development WER while stage 2 runs. Right: WER of the other speakers against hours of labels."""
         from matplotlib.figure import Figure
         figure = Figure(figsize=(13, 5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for name in MAIN:
-            if (self.folder(name, 0) / "log.jsonl").exists():
-                points = [(row["step"], row["dev WER"]) for row in read_log(self.folder(name, 0)) if "dev WER" in row]
+        for name in filter(self.rates, MAIN):
+            folder, *_ = sorted(self.out.glob(f"finetune/{self.folder(name, '*').name}"))
+            if points := [(row["step"], row["dev WER"]) for row in read_log(folder) if "dev WER" in row]:
                 left.plot(*zip(*points), ".--" if name.startswith("streaming") else ".-", label=name)
         for name, rows in BY_HOURS.items():
             if points := [(hours, statistics.mean(self.rates(row))) for hours, row in rows if self.rates(row)]:
                 right.plot(*zip(*points), "o-", label=name)
         left.set(xlabel="updates of stage 2", ylabel="development WER, %")
         right.set(xlabel="labelled audio", ylabel="WER, %", xscale="log")
-        right.set_xticks([1 / 6, 1, 5.3], ["10 min", "1 h", "5.3 h"], minor=False)
+        right.set_xticks([1 / 6, 1, 5.3], ["10 min", "1 h", "5.3 h"])
+        right.minorticks_off()
         for panel in (left, right):
             panel.grid(alpha=0.3)
             panel.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))

@@ -28,6 +28,8 @@ def test_table_and_picture_of_what_is_there(tmp_path, capsys):
             row = {"substitutions": wrong, "deletions": 0, "insertions": more, "words": 5}
             (run / f"{method}.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")
         (run / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "dev WER": 90.0}\n')
+    (tmp_path / "finetune/no-kd.2").mkdir()
+    (tmp_path / "finetune/no-kd.2/ctc.jsonl").touch()                                  # decode.py has just begun
     nothing_to_train = ["--lab", "nowhere", "--rows", "--out", str(tmp_path)]
     assert results.main(nothing_to_train) == 0
     table = capsys.readouterr().out.splitlines()
