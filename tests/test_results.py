@@ -20,7 +20,9 @@ def test_the_sets_of_the_protocol_share_nothing(loud_lab, tmp_path):
     assert {name for name, some in sets.items() if any(u.text is None for u in some)} == {"rest"}
 
 
-def test_table_and_picture_of_what_is_there(tmp_path, capsys):
+@pytest.fixture
+def what_is_there(tmp_path):
+    """Options that train nothing, of a folder with two scored runs and one that decode.py has just begun."""
     for seed, wrong in ((0, 3), (1, 1)):
         for method, more in (("transducer", 0), ("ctc", 4)):
             run = tmp_path / f"finetune/no-kd.{seed}"
@@ -29,14 +31,20 @@ def test_table_and_picture_of_what_is_there(tmp_path, capsys):
             (run / f"{method}.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")
         (run / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "dev WER": 90.0}\n')
     (tmp_path / "finetune/no-kd.2").mkdir()
-    (tmp_path / "finetune/no-kd.2/ctc.jsonl").touch()                                  # decode.py has just begun
-    nothing_to_train = ["--lab", "nowhere", "--rows", "--out", str(tmp_path)]
-    assert results.main(nothing_to_train) == 0
+    (tmp_path / "finetune/no-kd.2/ctc.jsonl").touch()
+    return ["--lab", "nowhere", "--rows", "--out", str(tmp_path)]
+
+
+def test_table(what_is_there, capsys):
+    assert results.main(what_is_there) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[2:] == ["| no KD | 40.0 % | 60.0, 20.0 | 120.0 % |"]                 # mean of 60 and 20 %, CTC of both
+
+
+def test_picture(what_is_there, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "results.png"
-    assert results.main([*nothing_to_train, "--figure", str(picture)]) == 0
+    assert results.main([*what_is_there, "--figure", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
