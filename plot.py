@@ -20,18 +20,23 @@ def read_log(run):
         raise UserError(f"{run} has no readable log.jsonl ({error}); give the --out of a run")
 
 
+def two_panels():
+    """-> (figure, [left, right]); a UserError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("a picture needs matplotlib: pip install matplotlib")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    return figure, figure.subplots(1, 2)
+
+
 @polite
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--out of a run")
     parser.add_argument("--out", default="curves.png", help="picture to write (default %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("a picture needs matplotlib: pip install matplotlib")
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure, panels = two_panels()
     for number, run in enumerate(args.runs):
         rows = read_log(run)
         scores = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("dev ")]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 from decode import Errors
-from plot import read_log
+from plot import read_log, two_panels
 from run import UserError, polite
 
 DEVELOPMENT, FINAL = "84 251 1272 1673 1988".split(), "2035 2086 2412 2803 652".split()
@@ -94,7 +94,7 @@ def write_manifests(lab, folder):
 
 class Results:
     def __init__(self, args):
-        self.args, self.out, self.audio = args, args.out, args.out / "audio"
+        self.out, self.audio = args.out, args.out / "audio"
         self.names = {"tiny": args.whisper[0], "base": args.whisper[1], "moonshine": args.moonshine, "bert": args.bert,
                       **{f"seed{seed}": self.folder(TEACHER, seed) for seed in (0, 1, 2)}}
 
@@ -157,9 +157,7 @@ class Results:
 
     def figure(self, path):
         """Left: development WER while stage 2 runs. Right: WER of the other speakers against hours of labels."""
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(13, 5), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        figure, (left, right) = two_panels()
         for name in filter(self.rates, MAIN):
             folder, *_ = sorted(self.out.glob(f"finetune/{self.folder(name, '*').name}"))
             if points := [(row["step"], row["dev WER"]) for row in read_log(folder) if "dev WER" in row]:
