@@ -29,6 +29,7 @@ import decode
 import losses
 import model
 import run as running
+import training
 from decode import Errors, transcribe, word_errors
 from run import UserError
 from search import GreedyTransducer
@@ -250,7 +251,7 @@ def main(argv=None):
         return {"dev WER": totals["transducer"].rate, "dev WER of CTC": totals["ctc"].rate}, totals["transducer"].rate
 
     extra = {"config": student.config, "stage": 2, "tokenizer": tokenizer.to_str(), "init": str(args.init), **origin}
-    code = running.train(this, student, loader, lambda batch: stage2_loss(student, batch, args, teachers, tutor),
+    code = training.train(this, student, loader, lambda batch: stage2_loss(student, batch, args, teachers, tutor),
                          evaluate, optimizer, extra, device, dtype, rank, world, before_step, model.exported)
     if code == 0:
         say(f"next: python decode.py --checkpoint {args.out}")

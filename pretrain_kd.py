@@ -29,6 +29,7 @@ import data
 import losses
 import model
 import run as running
+import training
 from decode import Errors, word_errors
 from run import DEMO, UserError
 from teachers import Cache, Teacher, student_frames
@@ -356,7 +357,7 @@ def main(argv=None):
 
     extra = {"config": student.config, "stage": 1, "size": args.size,
              "teachers": [teacher.state() for teacher in teachers], "combine": args.combine}
-    code = running.train(this, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank, world)
+    code = training.train(this, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank, world)
     if code == 0:
         say(f"next: python finetune_rnnt.py --init {args.out}")
     return code

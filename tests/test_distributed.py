@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import model
 import run
+import training
 from conftest import ROOT
 from test_faults import child, finish, log_of, same, start, tiny_run
 
@@ -57,7 +58,7 @@ def halves(out, accumulate):
     torch.manual_seed(0)
     student = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Tanh(), torch.nn.Linear(32, 6))
     this = run.Run(args, rank, world, model.load_checkpoint, model.save_checkpoint)
-    return run.train(this, student, Loader(), compute_loss, lambda student: ({"dev x": 0.0}, 0.0),
+    return training.train(this, student, Loader(), compute_loss, lambda student: ({"dev x": 0.0}, 0.0),
                      torch.optim.AdamW(student.parameters(), lr=1e-2), {}, torch.device("cpu"), torch.float32, rank, world)
 
 
@@ -175,7 +176,7 @@ def unequal_parts():
     x, w = torch.arange(15.0).reshape(5, 3), torch.ones(3, requires_grad=True)
     mine = x[:4] if rank == 0 else x[4:]
     ((mine @ w) ** 2).sum().backward()
-    sums = run.average_gradients([w], torch.tensor([float(len(mine)), 1.0]))
+    sums = training.average_gradients([w], torch.tensor([float(len(mine)), 1.0]))
     v = torch.ones(3, requires_grad=True)
     ((x @ v) ** 2).mean().backward()
     torch.testing.assert_close(w.grad, v.grad)
@@ -190,14 +191,14 @@ def test_torchrun_restarts_the_real_script_where_it_was(tmp_path):
     last checkpoint."""
     script = tmp_path / "killed_once.py"
     script.write_text(f"""import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
-import finetune_rnnt, run
-update, calls = run.Training.update, []
+import finetune_rnnt, training
+update, calls = training.Training.update, []
 def die(*args):
     calls.append(1)
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1" and len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     update(*args)
-run.Training.update = die
+training.Training.update = die
 sys.exit(finetune_rnnt.main())""")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1",
                str(script), "--init", "none", "--data", str(ROOT / "demo/corpus/dev"), "--device", "cpu", "--batch-seconds",

@@ -26,6 +26,7 @@ import finetune_rnnt
 import model
 import plot
 import run
+import training
 from conftest import DEMO
 from run import UserError
 
@@ -99,7 +100,7 @@ def tiny_run(out, spoil=None, dtype=torch.float32, utterances=8, workers=0, **op
             score = sum(p.square().sum() for p in student.parameters()).item()
             return {"dev size": score}, score
         optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
-        return run.train(this, student, loader, compute_loss, evaluate, optimizer,
+        return training.train(this, student, loader, compute_loss, evaluate, optimizer,
                          {"config": SMALL, "tokenizer": tokenizer.to_str()}, torch.device("cpu"), dtype, rank, world)
     main.__module__ = __name__
     return run.polite(main)()
@@ -282,15 +283,15 @@ def test_auto_finds_the_largest_batch_that_fits_less_one_step(demo_utterances, r
                               args=argparse.Namespace(batch_seconds=run.Auto(36)), run=argparse.Namespace(state=None))
     if expected is None:
         with pytest.raises(MemoryError):
-            run.Training.rehearse(fake)
+            training.Training.rehearse(fake)
         return
-    run.Training.rehearse(fake)
+    training.Training.rehearse(fake)
     found = loader.batch_seconds
     assert found == fake.progress["batch_seconds"] and found * 1.25 <= max(room, 45) or len(loader.batches(0)) == 1
     if room < 10_000:
         assert found == pytest.approx(expected)
     fake.run.state, loader.batch_seconds = {"some": "run"}, run.Auto(36)
-    run.Training.rehearse(fake)
+    training.Training.rehearse(fake)
     assert loader.batch_seconds == found
 
 

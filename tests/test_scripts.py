@@ -18,6 +18,7 @@ import finetune_rnnt
 import model
 import pretrain_kd
 import run
+import training
 from conftest import DEMO, ROOT
 
 TINY = ["--steps", "4", "--batch-seconds", "12", "--workers", "0", "--eval-every", "2", "--device", "cpu"]
@@ -152,14 +153,14 @@ def test_an_interrupted_run_goes_on_bit_by_bit(stage, arguments, whole, request,
     """SIGTERM in the middle of the third step; the evaluation of step 2 lies behind it, that of step 4 ahead."""
     whole = request.getfixturevalue(whole)
     arguments = [*request.getfixturevalue(arguments), "--out", str(tmp_path / "out")]
-    update, calls = run.Training.update, []
+    update, calls = training.Training.update, []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         update(*args)
-    monkeypatch.setattr(run.Training, "update", interrupted)
+    monkeypatch.setattr(training.Training, "update", interrupted)
     assert stage.main(arguments) == 143
     assert "stopped by signal 15 at step 3" in capsys.readouterr().out and len(calls) == 3
     with open(tmp_path / "out/log.jsonl", "a") as file:
@@ -179,7 +180,7 @@ def test_stage_2_inherits_the_encoder(stage2, pretrained, tmp_path, monkeypatch,
     def look(run, student, *rest):
         seen.update({k: v.clone() for k, v in student.encoder.state_dict().items()})
         return 0
-    monkeypatch.setattr(finetune_rnnt.running, "train", look)
+    monkeypatch.setattr(finetune_rnnt.training, "train", look)
     assert finetune_rnnt.main([*stage2, "--out", str(tmp_path / "x")]) == 0
     first = torch.load(pretrained / "best.pt", weights_only=True)["model"]
     assert seen and all(torch.equal(first["encoder." + k], v) for k, v in seen.items())
