@@ -320,9 +320,9 @@ class Loader:
     """
 
     def __init__(self, utterances, batch_seconds, tokenizer=None, waveforms=False, augment=False, speeds=(1.0,),
-                 workers=0, seed=0, rank=0, world=1, caches=()):
+                 workers=0, seed=0, rank=0, world=1, caches=(), masks=True):
         self.utterances, self.batch_seconds, self.tokenizer = utterances, batch_seconds, tokenizer
-        self.waveforms, self.augment, self.speeds = waveforms, augment, speeds
+        self.waveforms, self.augment, self.speeds, self.masks = waveforms, augment, speeds, masks
         self.workers, self.seed, self.rank, self.world = workers, seed, rank, world
         self.caches = caches  # each a function of (utterance, speed) -> (T, dim): what a teacher once said
 
@@ -402,7 +402,7 @@ class _Dataset(torch.utils.data.Dataset):
                 speed = loader.speeds[torch.randint(len(loader.speeds), ()).item()]
                 waveform = _speed(speed)(waveform)[0]
             mel = log_mel(waveform)
-            features = spec_augment(mel) if loader.augment else mel
+            features = spec_augment(mel) if loader.augment and loader.masks else mel
         labels = loader.tokenizer.encode(normalise(u.text or "")).ids if loader.tokenizer else []
         if len(labels) > len(mel) // 4:  # of CTC no path would be left
             raise UserError(f"{u.path}: its transcript of {len(labels)} tokens is too long for its {u.seconds:.1f} s")

@@ -101,7 +101,7 @@ def new_student(args, tokenizer, seconds, say):
     """Everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head. seconds: of a typical
     utterance. -> (student, what to remember of its origin)"""
     new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=(), seconds=seconds,
-               simple_joiner=args.loss == "pruned")
+               simple_joiner=args.loss == "pruned", dropout=args.dropout)
     if args.init == "none":
         say(f"from scratch: nothing inherited, size {args.size or 'nano'}")
         new |= dict(chunk=args.chunk or 0, left=64 if args.left is None else args.left)
@@ -151,7 +151,7 @@ def parse(argv):
     group.add_argument("--ctc-weight", type=float, default=0.3, help="c above (default %(default)s)")
     group.add_argument("--lr", type=float, default=5e-3,
                        help="peak learning rate of predictor, joiner and CTC head (default %(default)s)")
-    group.add_argument("--encoder-lr", type=float, default=1e-3,
+    group.add_argument("--encoder-lr", type=float, default=5e-4,
                        help="peak learning rate of the encoder (default %(default)s)")
     group.add_argument("--freeze-steps", type=int,
                        help="updates before the encoder learns too, so that the random new parts do not spoil it "
@@ -178,7 +178,7 @@ def parse(argv):
     group.add_argument("--bert-weight", type=float, default=0.3, help="w above (default %(default)s)")
     group.add_argument("--bert-lambda", type=float, default=0.5,
                        help="share of its soft labels against the transcript's (default %(default)s)")
-    running.add_training_options(parser, out="exp/finetune", steps=450)
+    running.add_training_options(parser, out="exp/finetune", steps=450, regularised=True)
     args = parser.parse_args(argv)
     running.check_training_options(args)
     essence = args.essence_top_k or args.essence_mass or args.essence_drop
@@ -224,12 +224,10 @@ def main(argv=None):
         size = sum(p.numel() for p in student.auxiliary.parameters())
         say(f"{args.bert} teaches through a decoder of {size / 1e6:.1f} M parameters that is not exported")
     loader = data.Loader(train_set, args.batch_seconds, tokenizer, waveforms=bool(teachers), augment=True,
-                         speeds=args.speeds, workers=args.workers, seed=args.seed, rank=rank, world=world)
+                         masks=args.spec_augment, speeds=args.speeds, workers=args.workers, seed=args.seed,
+                         rank=rank, world=world)
     dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers)
-    new = [p for name, p in student.named_parameters() if not name.startswith("encoder.")]
-    optimizer = torch.optim.AdamW([{"params": new},
-                                   {"params": list(student.encoder.parameters()), "lr": args.encoder_lr}],
-                                  lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
+    optimizer = training.Muon(student, args.lr, args.encoder_lr)
     default = 0 if args.init == "none" else args.steps // 10
     freeze_steps = default if args.freeze_steps is None else args.freeze_steps
 

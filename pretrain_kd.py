@@ -113,7 +113,7 @@ def options(argv):
     group.add_argument("--left", type=int, default=64, metavar="FRAMES",
                        help="frames before its chunk that a streaming student sees (default %(default)s)")
     group.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
-    running.add_training_options(parser, out="exp/pretrain", steps=1050)
+    running.add_training_options(parser, out="exp/pretrain", steps=1050, regularised=False)
     args = parser.parse_args(argv)
     running.check_training_options(args)
     for name, found, few in (("--weights", args.weights, [len(args.teachers)]),
@@ -331,8 +331,8 @@ def main(argv=None):
     if args.cache:
         caches, train_set, dev_set = remember(args, teachers, train_set, dev_set, say, rank, world)
     heard = {"caches": caches} if caches else {"waveforms": True}
-    loader = data.Loader(train_set, args.batch_seconds, augment=True, speeds=args.speeds, workers=args.workers,
-                         seed=args.seed, rank=rank, world=world, **heard)
+    loader = data.Loader(train_set, args.batch_seconds, augment=True, masks=args.spec_augment, speeds=args.speeds,
+                         workers=args.workers, seed=args.seed, rank=rank, world=world, **heard)
     dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers, **heard)
     standardise(teachers, data.Loader(train_set, args.batch_seconds, augment=True, seed=args.seed, **heard), this.state)
     heads = targets if args.combine == "heads" else [Target(args.combine, targets[0].width, 1.0, args.loss[0])]
@@ -341,10 +341,10 @@ def main(argv=None):
     # ---- student
     torch.manual_seed(args.seed)
     student = model.Student(replace(model.PRESETS[args.size], head_dims=tuple(head.width for head in heads),
-                                    chunk=args.chunk, left=args.left)).to(device)
+                                    chunk=args.chunk, left=args.left, dropout=args.dropout)).to(device)
     say(f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, heads "
         f"{', '.join(f'{head.name} {head.width}' for head in heads)}, {student.config.listening}")
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
+    optimizer = training.Muon(student, args.lr)
 
     def compute_loss(batch):
         total, frames, parts = stage1_loss(student, batch, teacher_targets(teachers, batch, args.combine, weights),

@@ -2,6 +2,7 @@
 
 Nothing here knows about speech; the loop that trains in a run directory is training.py.
 """
+import argparse
 import contextlib
 import functools
 import json
@@ -123,7 +124,7 @@ def autocast(device, dtype):
 DEMO = Path(__file__).parent / "demo"
 
 
-def add_training_options(parser, out, steps):
+def add_training_options(parser, out, steps, regularised):
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=steps, help="updates to make (default %(default)s)")
     group.add_argument("--minutes", type=float, help="train for so long instead of for --steps")
@@ -134,6 +135,11 @@ def add_training_options(parser, out, steps):
     group.add_argument("--warmup", type=float, default=0.1,
                        help="share of the budget in which the learning rate rises (default %(default)s)")
     group.add_argument("--clip", type=float, default=5.0, help="largest gradient norm (default %(default)s)")
+    group.add_argument("--dropout", type=float, default=0.1 * regularised,
+                       help="share of the encoder's values that is dropped (default %(default)s)")
+    group.add_argument("--spec-augment", action=argparse.BooleanOptionalAction, default=regularised,
+                       help="mask parts of the spectrogram; both slow learning and pay where the model could learn "
+                       "its audio by heart: many epochs, few hours (default %(default)s)")
     group.add_argument("--eval-every", type=int, help="updates between evaluations (default: a tenth of --steps)")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("machine and files")
@@ -164,8 +170,9 @@ def check_training_options(args):
         if value is not None and not (0 < value < math.inf or value == 0 and name not in above):
             raise UserError(f"--{name.replace('_', '-')} must {'be above 0' if name in above else 'not be negative'}, "
                             f"found {value}")
-    if not 0 < args.warmup < 1 or not min(args.speeds) > 0:
-        raise UserError(f"--warmup must lie between 0 and 1, --speeds above 0; found {args.warmup}, {args.speeds}")
+    if not 0 < args.warmup < 1 or not 0 <= args.dropout < 1 or not min(args.speeds) > 0:
+        raise UserError(f"--warmup and --dropout must lie between 0 and 1, --speeds above 0; found {args.warmup}, "
+                        f"{args.dropout}, {args.speeds}")
 
 
 # These say where and how fast, not what is learned: a run may be continued with others.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from run import Auto, UserError, autocast, cure, everyone, mix
+from run import Auto, UserError, autocast, cure, everyone, inference_dtype, mix
 
 PATIENCE = 10                              # updates in a row that may go wrong
 
@@ -24,6 +24,50 @@ def learning_rate(progress, warmup):
     if progress < warmup:
         return progress / warmup
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))
+
+
+def orthogonalised(matrix):
+    """(m, n) = U S V^T -> nearly U V^T: five steps of a Newton-Schulz iteration bring every singular value that is not
+    tiny to between 0.7 and 1.2 (https://kellerjordan.github.io/posts/muon)."""
+    x = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / matrix.norm().clamp(min=1e-7)
+    x = x.to(inference_dtype(x.device))
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the matrices of the encoder's blocks take the orthogonalised momentum, scaled to about twice the size
+    of an update of AdamW (arXiv 2502.16982 has 0.2 instead of 0.4): all directions of a matrix learn at one pace, which
+    a short training gains most from. One learning rate suits both.
+
+    torch.optim.Muon takes nothing but matrices, and computes in bfloat16 where the CPU has to emulate it.
+    """
+
+    def __init__(self, student, lr, encoder_lr=None):
+        groups = {"rest": [], "encoder": [], "muon": []}
+        for name, p in student.named_parameters():
+            block = name.startswith("encoder.blocks.") and p.dim() == 2
+            groups["muon" if block else "encoder" if name.startswith("encoder.") else "rest"].append(p)
+        rates = {"rest": lr, "encoder": encoder_lr or lr, "muon": encoder_lr or lr}
+        super().__init__([{"params": groups[kind], "lr": rates[kind], "muon": kind == "muon"} for kind in groups],
+                         betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"] if group["muon"] else ():
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}  # (AdamW wants a step)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
+                update = orthogonalised(p.grad.lerp(momentum, 0.95))  # (Nesterov's)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.4 * math.sqrt(max(p.shape)) * group["lr"])
+                p.grad = None  # AdamW comes next and passes over it
+        super().step()
 
 
 def average_gradients(parameters, sums):

@@ -24,52 +24,49 @@ from plot import read_log, two_panels
 from run import UserError, polite
 
 DEVELOPMENT, FINAL = "84 251 1272 1673 1988".split(), "2035 2086 2412 2803 652".split()
-BUDGET = {"pretrain": "--steps 2400 --eval-every 400", "finetune": "--steps 1200 --eval-every 300"}
+BUDGET = {"pretrain": "--steps 4800 --eval-every 800",
+          "finetune": "--steps 1200 --eval-every 300"}
 
 STUDENTS = {  # of stage 1: its teachers, its audio, what else
     "tiny": ("{tiny}", "1h", ""),
     "base": ("{base}", "1h", ""),
     "moonshine": ("{moonshine}", "1h", ""),
-    "two": ("{tiny} {moonshine}", "1h", ""),
     "three": ("{tiny} {base} {moonshine}", "1h", ""),
     "base-more": ("{base}", "1h rest", ""),
-    "two-more": ("{tiny} {moonshine}", "1h rest", ""),
+    "moonshine-more": ("{moonshine}", "1h rest", ""),
+    "two-more": ("{base} {moonshine}", "1h rest", ""),
     "three-more": ("{tiny} {base} {moonshine}", "1h rest", ""),
-    "base-more-long": ("{base}", "1h rest", "--steps 4800 --eval-every 800"),
-    "three-more-long": ("{tiny} {base} {moonshine}", "1h rest", "--steps 4800 --eval-every 800"),
-    "two-more-streaming": ("{tiny} {moonshine}", "1h rest", "--chunk 16 --left 64"),
+    "base-more-streaming": ("{base}", "1h rest", "--chunk 16 --left 64"),
+    "three-more-streaming": ("{tiny} {base} {moonshine}", "1h rest", "--chunk 16 --left 64"),
 }
-TEACHER = "all three, + 6.2 h unlabelled, twice"       # of output distillation; its seeds 0, 1, 2 are the ensemble
-ROWS = {  # student of stage 1, labelled audio, what else in stage 2; twice: a stage 1 of twice the updates
+TEACHER = "all three, + 6.2 h unlabelled"              # of output distillation; its seeds 0, 1, 2 are the ensemble
+ROWS = {  # student of stage 1, labelled audio, what else in stage 2
     "no KD": ("none", "1h", ""),
     "Whisper tiny.en": ("tiny", "1h", ""),
     "Whisper base": ("base", "1h", ""),
     "Moonshine": ("moonshine", "1h", ""),
-    "tiny.en + Moonshine": ("two", "1h", ""),
     "all three": ("three", "1h", ""),
     "Whisper base, + 6.2 h unlabelled": ("base-more", "1h", ""),
-    "tiny.en + Moonshine, + 6.2 h unlabelled": ("two-more", "1h", ""),
-    "all three, + 6.2 h unlabelled": ("three-more", "1h", ""),
-    "Whisper base, + 6.2 h unlabelled, twice": ("base-more-long", "1h", ""),
-    TEACHER: ("three-more-long", "1h", ""),
-    "+ one-best path": ("three-more-long", "1h", "--teacher-transducer {seed0} --kd-weight 0.3"),
-    "+ essence of three": ("three-more-long", "1h", "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3 "
-                                              "--essence-top-k 4"),
-    "+ BERT": ("three-more-long", "1h", "--bert {bert}"),
+    "Moonshine, + 6.2 h unlabelled": ("moonshine-more", "1h", ""),
+    "Whisper base + Moonshine, + 6.2 h unlabelled": ("two-more", "1h", ""),
+    TEACHER: ("three-more", "1h", ""),
+    "+ one-best path": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3"),
+    "+ essence of three": ("three-more", "1h", "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3 "
+                                         "--essence-top-k 4"),
+    "+ BERT": ("three-more", "1h", "--bert {bert}"),
     "streaming, no KD": ("none", "1h", "--chunk 16 --left 64"),
-    "streaming, tiny.en + Moonshine, + 6.2 h unlabelled": ("two-more-streaming", "1h", ""),
+    "streaming, Whisper base, + 6.2 h unlabelled": ("base-more-streaming", "1h", ""),
+    "streaming, all three, + 6.2 h unlabelled": ("three-more-streaming", "1h", ""),
     "10 min labelled, no KD": ("none", "10min", ""),
-    "10 min labelled, all three, + 7 h unlabelled, twice": ("three-more-long", "10min", ""),
+    "10 min labelled, all three, + 7 h unlabelled": ("three-more", "10min", ""),
     "5.3 h labelled, no KD": ("none", "5h", ""),
-    "5.3 h labelled, all three, + 1.9 h unlabelled, twice": ("three-more-long", "5h", ""),
+    "5.3 h labelled, all three, + 1.9 h unlabelled": ("three-more", "5h", ""),
 }
-MAIN = ["no KD", "Moonshine", "Whisper base", "Whisper base, + 6.2 h unlabelled", "all three, + 6.2 h unlabelled",
-        "Whisper base, + 6.2 h unlabelled, twice", TEACHER, "streaming, no KD",
-        "streaming, tiny.en + Moonshine, + 6.2 h unlabelled"]
+MAIN = ["no KD", "Whisper base", "Whisper base, + 6.2 h unlabelled", "Moonshine, + 6.2 h unlabelled", TEACHER,
+        "+ one-best path", "streaming, no KD", "streaming, Whisper base, + 6.2 h unlabelled"]
 BY_HOURS = {"no KD": [(1 / 6, "10 min labelled, no KD"), (1, "no KD"), (5.3, "5.3 h labelled, no KD")],
-            "three teachers, 7.2 h of audio, stage 1 twice as long": [
-                (1 / 6, "10 min labelled, all three, + 7 h unlabelled, twice"), (1, TEACHER),
-                (5.3, "5.3 h labelled, all three, + 1.9 h unlabelled, twice")]}
+            "three teachers, 7.2 h of audio": [(1 / 6, "10 min labelled, all three, + 7 h unlabelled"), (1, TEACHER),
+                                               (5.3, "5.3 h labelled, all three, + 1.9 h unlabelled")]}
 
 
 def write_manifests(lab, folder):

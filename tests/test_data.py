@@ -252,6 +252,14 @@ def test_an_epoch_as_it_arrives(demo_utterances):
     assert seen == {u.id: (u.text, data.normalise(u.text)) for u in few}
 
 
+def test_masks_only_where_they_are_wanted(demo_utterances):
+    for masks in (False, True):
+        batch = next(loader(demo_utterances[:12], masks=masks, speeds=(1.0,)).epoch(0))
+        plain = [torch.equal(x[:n], data.log_mel(w)) for x, n, w in zip(batch.features, batch.feature_lengths,
+                                                                       batch.waveforms)]
+        assert not any(plain) if masks else all(plain)
+
+
 def test_order_and_augmentation_do_not_depend_on_workers(demo_utterances):
     few = demo_utterances[:12]
     runs = [list(loader(few, workers=workers, batch_seconds=12).epoch(1)) for workers in (0, 2)]

@@ -175,15 +175,18 @@ def test_an_interrupted_run_goes_on_bit_by_bit(stage, arguments, whole, request,
 
 
 def test_stage_2_inherits_the_encoder(stage2, pretrained, tmp_path, monkeypatch, capsys):
-    seen = {}
+    seen, asked = {}, []
 
-    def look(run, student, *rest):
+    def look(run, student, loader, *rest):
         seen.update({k: v.clone() for k, v in student.encoder.state_dict().items()})
+        asked.append((student.config.dropout, loader.masks))
         return 0
     monkeypatch.setattr(finetune_rnnt.training, "train", look)
     assert finetune_rnnt.main([*stage2, "--out", str(tmp_path / "x")]) == 0
+    assert finetune_rnnt.main([*stage2, "--dropout", "0.3", "--no-spec-augment", "--out", str(tmp_path / "y")]) == 0
+    assert asked == [(0.1, True), (0.3, False)]
     first = torch.load(pretrained / "best.pt", weights_only=True)["model"]
-    assert seen and all(torch.equal(first["encoder." + k], v) for k, v in seen.items())
+    assert first and seen and all(torch.equal(first["encoder." + k], v) for k, v in seen.items())
     said = capsys.readouterr()
     assert "inherited from" in said.out + said.err
 
@@ -263,6 +266,7 @@ def test_a_budget_of_nothing_is_one_line(stage2, tmp_path, capsys):
     capsys.readouterr()
     for option in ("--steps", "--minutes", "--accumulate"):
         refused(capsys, finetune_rnnt.main([*stage2, option, "0", "--out", str(tmp_path / option)]), option)
+    refused(capsys, finetune_rnnt.main([*stage2, "--dropout", "1", "--out", str(tmp_path / "x")]), "--dropout")
 
 
 def test_one_batch_can_be_learned_by_heart(demo_utterances):
