@@ -6,8 +6,11 @@
     L_AED = mean over {intermediate, final} layers of sum_i (1 - lambda) CE(y_i) + lambda CE(q_i)
     L = L_transducer + c * (L_CTC + mean L_CTC of intermediate layers) + w * L_AED
 
+--self-condition: an intermediate layer's CTC answer also goes into the next layer (model.Condition).
+
 [ours]: one small decoder shared by all layers, over BERT's own vocabulary, so no tokenizer needs to be shared; the CTC
-head is shared too. Nothing of this is in the exported student: it is as large and as fast as without.
+head is shared too, but for self-conditioned layers. Nothing of this is in the exported student, it is as large and as
+fast as without; only --self-condition stays, 2 x width x vocabulary a layer.
 """
 import os
 import re
@@ -120,17 +123,19 @@ class Tutor:
         if not all(1 <= k < depth for k in layers):
             raise UserError(f"--inter-layers {' '.join(map(str, layers))}: its intermediate layers are 1 to "
                             f"{depth - 1}")
-        self.labels, self.weight, self.heard = labels, weight, {}
+        self.labels, self.weight, self.heard, self.ctc = labels, weight, {}, {}
         vocabulary = 1 + max(int(x.max()) for tokens, ids, _ in labels.values() for x in (tokens, ids))
         student.auxiliary = AuxiliaryDecoder(student.config.dim, vocabulary)
         for k in layers:
-            keep = lambda block, inputs, output, k=k: self.heard.update({k: output[0]})
-            student.encoder.blocks[k - 1].register_forward_hook(keep)
+            block = student.encoder.blocks[k - 1]
+            keep = lambda module, inputs, output, k=k: self.heard.update({k: inputs[0]})
+            block.condition.register_forward_hook(keep)
+            self.ctc[k] = block.condition.ctc if k in student.config.conditioned else student.ctc
 
     def __call__(self, student, hidden, lengths, batch):
         """To be called after the encoder, which left its intermediate layers here. -> {name: sum over utterances}"""
         middle = list(self.heard.values())
-        ctc = [ctc_loss(student.ctc(h), batch.targets, lengths, batch.target_lengths) for h in middle]
+        ctc = [ctc_loss(self.ctc[k](h), batch.targets, lengths, batch.target_lengths) for k, h in self.heard.items()]
         written = [b for b, text in enumerate(batch.texts) if text is not None]
         # nothing written: still a loss of every weight, or this process's gradients would be fewer than the others'
         loss = interaed_loss(student.auxiliary, [h[written] for h in [*middle, hidden]], lengths[written],

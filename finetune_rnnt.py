@@ -101,7 +101,8 @@ def new_student(args, tokenizer, seconds, say):
     """Everything new, or the encoder of stage 1 under a new predictor, joiner and CTC head. seconds: of a typical
     utterance. -> (student, what to remember of its origin)"""
     new = dict(vocab_size=tokenizer.get_vocab_size(), predictor=args.predictor, head_dims=(), seconds=seconds,
-               simple_joiner=args.loss == "pruned", dropout=args.dropout)
+               simple_joiner=args.loss == "pruned", dropout=args.dropout,
+               conditioned=tuple(args.inter_layers) * args.self_condition)
     if args.init == "none":
         say(f"from scratch: nothing inherited, size {args.size or 'nano'}")
         new |= dict(chunk=args.chunk or 0, left=64 if args.left is None else args.left)
@@ -175,6 +176,8 @@ def parse(argv):
     group.add_argument("--bert", metavar="NAME", help="hub name or folder; see bert.py")
     group.add_argument("--inter-layers", nargs="+", type=int, metavar="K", default=[2],
                        help="intermediate layers that it teaches beside the last (default 2)")
+    group.add_argument("--self-condition", action="store_true",
+                       help="what these layers would write goes into the next ones, also when decoding")
     group.add_argument("--bert-weight", type=float, default=0.3, help="w above (default %(default)s)")
     group.add_argument("--bert-lambda", type=float, default=0.5,
                        help="share of its soft labels against the transcript's (default %(default)s)")
@@ -184,6 +187,8 @@ def parse(argv):
     essence = args.essence_top_k or args.essence_mass or args.essence_drop
     if not args.teacher_transducer and (args.unlabelled or essence):
         raise UserError("--unlabelled and --essence-... need a --teacher-transducer")
+    if args.self_condition and not args.bert:
+        raise UserError("--self-condition needs --bert, whose loss teaches the layers to write")
     return args
 
 

@@ -39,6 +39,7 @@ class Config:
     predictor_dim: int = 256
     predictor_dropout: float = 0.3  # it sees few texts and must not learn them by heart
     joiner_dim: int = 256
+    conditioned: tuple = ()         # blocks, 1 the first, that hear what they would write
     simple_joiner: bool = False     # only for training with the pruned loss
     seconds: float = 12.0           # of a typical utterance in training; longer recordings are heard in such pieces
 
@@ -160,12 +161,29 @@ def feed_forward(config):
                          nn.Dropout(config.dropout), nn.Linear(config.expansion * config.dim, config.dim))
 
 
-class Block(nn.Module):
+class Condition(nn.Module):
+    """x + Linear(softmax(CTC(x))): what a layer would write becomes what the next one hears (self-conditioned CTC,
+    arXiv 2104.02724). [ours] a CTC head of its own instead of the last layer's; nothing is fed back at first, so an
+    encoder of stage 1 starts as it was."""
+
     def __init__(self, config):
+        super().__init__()
+        self.ctc, self.back = nn.Linear(config.dim, config.vocab_size), nn.Linear(config.vocab_size, config.dim)
+        nn.init.zeros_(self.back.weight)
+        nn.init.zeros_(self.back.bias)
+
+    def forward(self, x):
+        """(B, T, d) -> (B, T, d)"""
+        return x + self.back(self.ctc(x).softmax(-1))
+
+
+class Block(nn.Module):
+    def __init__(self, config, conditioned=False):
         super().__init__()
         self.feed_forward1, self.feed_forward2 = feed_forward(config), feed_forward(config)
         self.attention, self.convolution = Attention(config), Convolution(config)
         self.norm, self.dropout = nn.LayerNorm(config.dim), nn.Dropout(config.dropout)
+        self.condition = Condition(config) if conditioned else nn.Identity()
 
     def forward(self, x, mask, valid, past=(None, None)):
         """past: what attention and convolution remember of the frames before x -> (B, T, d), the same of all so far."""
@@ -175,7 +193,7 @@ class Block(nn.Module):
         y, heard = self.convolution(x, valid, past[1])
         x = x + self.dropout(y)
         x = x + 0.5 * self.dropout(self.feed_forward2(x))
-        return self.norm(x), (keys, heard)
+        return self.condition(self.norm(x)), (keys, heard)
 
 
 class Encoder(nn.Module):
@@ -190,7 +208,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.subsampling, self.dropout = Subsampling(config), nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, k in config.conditioned) for k in range(1, config.layers + 1))
 
     def forward(self, features, lengths, chunk=None):
         x, lengths = self.subsampling(features, lengths)
@@ -364,7 +382,9 @@ def load_student(checkpoint, **changes):
         weights = exported(checkpoint["model"])
         if changes:
             weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
-            student.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights.items()})
+            weights = {k.removeprefix("encoder."): v for k, v in weights.items()}
+            new = {k: v for k, v in student.encoder.state_dict().items() if ".condition." in k}
+            student.encoder.load_state_dict(new | weights)
         else:
             student.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -77,7 +77,7 @@ def test_bert_with_everything_else_then_resumed_and_exported(small_bert, tmp_pat
     monkeypatch.setattr(data, "load_sources", lambda sources, *a, **k: every(sources, *a, **k)[:8])
     plain = tmp_path / "plain"
     assert finetune_rnnt.main([*common, "--out", str(plain)]) == 0
-    everything = [*common, "--bert", small_bert, "--inter-layers", "1", "3", "--teacher-transducer", str(plain),
+    everything = [*common, "--bert", small_bert, "--inter-layers", "1", "3", "--self-condition", "--teacher-transducer", str(plain),
                   "--essence-mass", "0.9", "--loss", "pruned", "--unlabelled", str(DEMO / "corpus/unlabelled"),
                   "--pseudo", str(DEMO / "corpus/test")]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -100,8 +100,36 @@ def test_bert_with_everything_else_then_resumed_and_exported(small_bert, tmp_pat
     assert all(torch.equal(a["raw_model"][k], b["raw_model"][k]) for k in a["raw_model"])
     assert any(k.startswith("auxiliary.") for k in a["raw_model"])
     exported, without = (model.load_checkpoint(x)["model"] for x in (whole, plain))
-    assert exported.keys() - without.keys() == {k for k in exported if k.startswith("simple_joiner.")}
+    assert exported.keys() - without.keys() == {k for k in exported if k.startswith("simple_joiner.")} | {
+        f"encoder.blocks.{k}.condition.{part}" for k in (0, 2) for part in ("ctc.weight", "ctc.bias", "back.weight", "back.bias")}
     assert decode.main(["--checkpoint", str(whole), str(DEMO / "corpus/test")]) == 0
+
+
+def test_self_condition_is_what_its_equation_says():
+    """At first the encoder that was inherited; then, by hand, x + Linear(softmax(CTC(x))) between two blocks; the same
+    chunk by chunk."""
+    torch.manual_seed(0)
+    plain = model.Student(model.Config(dim=32, layers=3, kernel=7, channels=8, chunk=4, left=8)).eval()
+    saved = {"config": model.asdict(plain.config), "model": plain.state_dict()}
+    student = model.load_student(saved, vocab_size=11, conditioned=(2,)).eval()
+    features, lengths = torch.randn(1, 96, 80), torch.tensor([96])
+    hidden, _ = student.encoder(features, lengths)
+    assert torch.equal(hidden, plain.encoder(features, lengths)[0])
+    condition = student.encoder.blocks[1].condition
+    torch.nn.init.normal_(condition.back.weight)
+    after, _ = student.encoder(features, lengths)
+    assert (after - hidden).abs().max() > 0.1
+    expected = []
+    student.encoder.blocks[1].norm.register_forward_hook(lambda module, inputs, x: expected.append(x))
+    student.encoder.blocks[2].register_forward_pre_hook(lambda module, inputs: expected.append(inputs[0]))
+    student.encoder(features, lengths)
+    x, heard = expected
+    assert torch.allclose(heard, x + (x @ condition.ctc.weight.T + condition.ctc.bias).softmax(-1) @ condition.back.weight.T, atol=1e-5)
+    x, past, streamed = student.encoder.subsampling(features, lengths)[0], None, []
+    for chunk in x.split(4, dim=1):
+        y, past = student.encoder.stream(chunk, past)
+        streamed.append(y)
+    assert torch.allclose(torch.cat(streamed, 1), after, atol=1e-4)
 
 
 every = data.load_sources

@@ -267,6 +267,7 @@ def test_a_budget_of_nothing_is_one_line(stage2, tmp_path, capsys):
     for option in ("--steps", "--minutes", "--accumulate"):
         refused(capsys, finetune_rnnt.main([*stage2, option, "0", "--out", str(tmp_path / option)]), option)
     refused(capsys, finetune_rnnt.main([*stage2, "--dropout", "1", "--out", str(tmp_path / "x")]), "--dropout")
+    refused(capsys, finetune_rnnt.main([*stage2, "--self-condition", "--out", str(tmp_path / "x")]), "--bert")
 
 
 def test_one_batch_can_be_learned_by_heart(demo_utterances):
