@@ -152,8 +152,8 @@ def parse(argv):
     group.add_argument("--ctc-weight", type=float, default=0.3, help="c above (default %(default)s)")
     group.add_argument("--lr", type=float, default=5e-3,
                        help="peak learning rate of predictor, joiner and CTC head (default %(default)s)")
-    group.add_argument("--encoder-lr", type=float, default=5e-4,
-                       help="peak learning rate of the encoder (default %(default)s)")
+    group.add_argument("--encoder-lr", type=float,
+                       help="peak learning rate of the encoder (default: 5e-4; with --init none 3e-3)")
     group.add_argument("--freeze-steps", type=int,
                        help="updates before the encoder learns too, so that the random new parts do not spoil it "
                        "(default: a tenth of --steps; none with --init none)")
@@ -232,9 +232,9 @@ def main(argv=None):
                          masks=args.spec_augment, speeds=args.speeds, workers=args.workers, seed=args.seed,
                          rank=rank, world=world)
     dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers)
-    optimizer = training.Muon(student, args.lr, args.encoder_lr)
-    default = 0 if args.init == "none" else args.steps // 10
-    freeze_steps = default if args.freeze_steps is None else args.freeze_steps
+    encoder_lr, freeze_steps = (3e-3, 0) if args.init == "none" else (5e-4, args.steps // 10)
+    optimizer = training.Muon(student, args.lr, args.encoder_lr or encoder_lr)
+    freeze_steps = freeze_steps if args.freeze_steps is None else args.freeze_steps
 
     def before_step(step):
         student.encoder.requires_grad_(step >= freeze_steps)
