@@ -367,7 +367,7 @@ def stream(source, student, tokenizer, new_search, chunk, device, dtype):
         if tokens:
             text = "".join(tokenizer.id_to_token(token.label) for token in tokens).replace(SPACE, " ")
             print(f"{tokens[0].frame * SECONDS:9.2f} -{(tokens[-1].frame + 1) * SECONDS:9.2f} s   latency {waiting:.1f}"
-                  f" +{compute[-1]:5.1f} ms  {text}", flush=True)
+                  f" + {compute[-1]:.1f} ms  {text}", flush=True)
     if not frames:
         raise UserError(f"{source}: shorter than 40 ms, nothing to hear")
     compute = torch.tensor(compute)
