@@ -255,7 +255,7 @@ def main(argv=None):
 
     extra = {"config": student.config, "stage": 2, "tokenizer": tokenizer.to_str(), "init": str(args.init), **origin}
     code = training.train(this, student, loader, lambda batch: stage2_loss(student, batch, args, teachers, tutor),
-                         evaluate, optimizer, extra, device, dtype, rank, world, before_step, model.exported)
+                          evaluate, optimizer, extra, device, dtype, rank, world, before_step, model.exported)
     if code == 0:
         say(f"next: python decode.py --checkpoint {args.out}")
     return code

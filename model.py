@@ -381,8 +381,7 @@ def load_student(checkpoint, **changes):
         student = Student(replace(known, **changes))
         weights = exported(checkpoint["model"])
         if changes:
-            weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
-            weights = {k.removeprefix("encoder."): v for k, v in weights.items()}
+            weights = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
             new = {k: v for k, v in student.encoder.state_dict().items() if ".condition." in k}
             student.encoder.load_state_dict(new | weights)
         else:

@@ -87,6 +87,7 @@ def choose_device(name=None):
     return device, dtype, f"device {device} ({why}), {precision}, {torch.get_num_threads()} CPU threads"
 
 
+@functools.cache  # the optimizer asks for every matrix of every update
 def inference_dtype(device):
     """What frozen models compute in: bfloat16 where the device multiplies it faster than float32 (many CPUs do not)."""
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else

@@ -29,12 +29,13 @@ def learning_rate(progress, warmup):
 def orthogonalised(matrix):
     """(m, n) = U S V^T -> nearly U V^T: five steps of a Newton-Schulz iteration bring every singular value that is not
     tiny to between 0.7 and 1.2 (https://kellerjordan.github.io/posts/muon)."""
-    x = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / matrix.norm().clamp(min=1e-7)
-    x = x.to(inference_dtype(x.device))
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalised(matrix.T).T
+    x = (matrix / matrix.norm().clamp(min=1e-7)).to(inference_dtype(matrix.device))
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return x
 
 
 class Muon(torch.optim.AdamW):
@@ -46,12 +47,14 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, student, lr, encoder_lr=None):
-        groups = {"rest": [], "encoder": [], "muon": []}
+        rest, encoder, matrices = [], [], []
         for name, p in student.named_parameters():
             block = name.startswith("encoder.blocks.") and p.dim() == 2
-            groups["muon" if block else "encoder" if name.startswith("encoder.") else "rest"].append(p)
-        rates = {"rest": lr, "encoder": encoder_lr or lr, "muon": encoder_lr or lr}
-        super().__init__([{"params": groups[kind], "lr": rates[kind], "muon": kind == "muon"} for kind in groups],
+            (matrices if block else encoder if name.startswith("encoder.") else rest).append(p)
+        encoder_lr = encoder_lr or lr
+        super().__init__([{"params": rest, "lr": lr, "muon": False},
+                          {"params": encoder, "lr": encoder_lr, "muon": False},
+                          {"params": matrices, "lr": encoder_lr, "muon": True}],
                          betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
 
     @torch.no_grad()

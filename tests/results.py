@@ -1,6 +1,6 @@
 """The rows of README.md's "Results": real speech, real teachers, little labelled. One command repeats one row or all.
 
-    python tests/results.py --lab LAB                                # everything: about six hours on one CPU core
+    python tests/results.py --lab LAB                                # everything: about seven hours on one CPU core
     python tests/results.py --lab LAB --rows "no KD" "Whisper base" --seeds 0 1 2
     python tests/results.py --lab LAB --rows --figure results.png    # train nothing; table and picture of what is there
 
