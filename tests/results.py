@@ -42,6 +42,7 @@ STUDENTS = {  # of stage 1: its teachers, its audio, what else
 TEACHER = "all three, + 6.2 h unlabelled"              # of output distillation; its seeds 0, 1, 2 are the ensemble
 ROWS = {  # student of stage 1, labelled audio, what else in stage 2
     "no KD": ("none", "1h", ""),
+    "no KD, 3,600 updates": ("none", "1h", "--steps 3600 --eval-every 900"),  # the time of both stages of the others
     "Whisper tiny.en": ("tiny", "1h", ""),
     "Whisper base": ("base", "1h", ""),
     "Moonshine": ("moonshine", "1h", ""),
@@ -54,6 +55,9 @@ ROWS = {  # student of stage 1, labelled audio, what else in stage 2
     "+ essence of three": ("three-more", "1h", "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3 "
                                          "--essence-top-k 4"),
     "+ BERT": ("three-more", "1h", "--bert {bert}"),
+    "+ K2D pseudo-labels of 1.9 h": ("three-more", "1h", "--pseudo {pseudo}/pieces.jsonl"),
+    "+ one-best path, BERT, K2D": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3 --bert {bert} "
+                                                       "--pseudo {pseudo}/pieces.jsonl"),
     "streaming, no KD": ("none", "1h", "--chunk 16 --left 64"),
     "streaming, Whisper base, + 6.2 h unlabelled": ("base-more-streaming", "1h", ""),
     "streaming, all three, + 6.2 h unlabelled": ("three-more-streaming", "1h", ""),
@@ -80,20 +84,22 @@ def write_manifests(lab, folder):
         seconds += ten[-1].seconds
     held = [[u for speaker in some for u in data.load_utterances(speech / "dev-clean-part" / speaker, True)]
             for some in (DEVELOPMENT, FINAL)]
-    rest = [u for u in known.values() if u not in chosen] + data.load_utterances(speech / "train-clean-100-part")
-    sets = {"10min": ten, "1h": chosen, "5h": known.values(), "rest": rest, "dev": held[0][::4], "final": held[1]}
+    part = data.load_utterances(speech / "train-clean-100-part")
+    rest = [u for u in known.values() if u not in chosen] + part
+    sets = {"10min": ten, "1h": chosen, "5h": known.values(), "rest": rest, "part": part,
+            "dev": held[0][::4], "final": held[1]}
     folder.mkdir(parents=True, exist_ok=True)
     for name, utterances in sets.items():
         rows = [{"audio_filepath": str(Path(u.path).absolute()), "id": Path(u.path).stem}
-                | ({} if name == "rest" else {"text": u.text}) for u in utterances]
+                | ({} if name in ("rest", "part") else {"text": u.text}) for u in utterances]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Results:
     def __init__(self, args):
-        self.out, self.audio = args.out, args.out / "audio"
+        self.out, self.audio, self.pseudo = args.out, args.out / "audio", args.out / "pseudo"
         self.names = {"tiny": args.whisper[0], "base": args.whisper[1], "moonshine": args.moonshine, "bert": args.bert,
-                      **{f"seed{seed}": self.folder(TEACHER, seed) for seed in (0, 1, 2)}}
+                      "pseudo": self.pseudo, **{f"seed{seed}": self.folder(TEACHER, seed) for seed in (0, 1, 2)}}
 
     def options(self, text):
         return [word.format_map(self.names) for word in text.split()]
@@ -124,6 +130,9 @@ class Results:
         """Train and score; both do nothing where they have been before."""
         student, labelled, more = ROWS[name]
         out = self.folder(name, seed)
+        if "{pseudo}" in more:
+            self.call("pseudo_label.py", self.audio / "part.jsonl", "--teacher", self.names["base"], "--validator",
+                      self.names["tiny"], "--language", "en", "--out", self.pseudo)
         self.call("finetune_rnnt.py", "--data", *self.sources(labelled), "--dev", *self.sources("dev"), "--init",
                   self.pretrain(student), *self.options(BUDGET["finetune"] + " " + more), "--seed", seed, "--out", out)
         for method in ("transducer", "ctc"):
