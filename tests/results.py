@@ -4,9 +4,10 @@
     python tests/results.py --lab LAB --rows "no KD" "Whisper base" --seeds 0 1 2
     python tests/results.py --lab LAB --rows --figure results.png    # train nothing; table and picture of what is there
 
-LAB holds LibriSpeech/train-clean-5, train-clean-100-part and dev-clean-part. Labelled: tests/labelled-1h.txt, of 28
-speakers of train-clean-5; unlabelled: the rest of it and train-clean-100-part. The model is chosen on five speakers of
-dev-clean and scored on five others. What is finished is not done again; what was interrupted goes on.
+LAB holds LibriSpeech/train-clean-100 and dev-clean, whole or the parts that are named here. Labelled: one hour of 28
+speakers, tests/labelled-1h.txt; unlabelled: the rest of tests/labelled-5h.txt (Mini LibriSpeech's train-clean-5), and
+tests/unlabelled-2h.txt. The model is chosen on five speakers of dev-clean and scored on five others. What is finished
+is not done again; what was interrupted goes on.
 """
 import argparse
 import json
@@ -76,18 +77,18 @@ BY_HOURS = {"no KD": [(1 / 6, "10 min labelled, no KD"), (1, "no KD"), (5.3, "5.
 def write_manifests(lab, folder):
     """Which audio is labelled, unlabelled, for development, for the final number."""
     speech = lab / "LibriSpeech"
-    known = {Path(u.path).stem: u for u in data.load_utterances(speech / "train-clean-5", True)}
-    chosen = [known[id] for id in (ROOT / "tests/labelled-1h.txt").read_text().split()]
-    ten, seconds = [], 0.0
-    while seconds < 600:
-        ten.append(chosen[len(ten)])
-        seconds += ten[-1].seconds
-    held = [[u for speaker in some for u in data.load_utterances(speech / "dev-clean-part" / speaker, True)]
-            for some in (DEVELOPMENT, FINAL)]
-    part = data.load_utterances(speech / "train-clean-100-part")
-    rest = [u for u in known.values() if u not in chosen] + part
-    sets = {"10min": ten, "1h": chosen, "5h": known.values(), "rest": rest, "part": part,
-            "dev": held[0][::4], "final": held[1]}
+    known, held = ({Path(u.path).stem: u for u in data.load_sources(sorted(speech.glob(name)), True)}
+                   for name in ("train-clean-*/[0-9]*", "dev-clean*/[0-9]*"))  # (of all speakers)
+    try:
+        sets = {name: [known[id] for id in (ROOT / f"tests/{ids}.txt").read_text().split()]
+                for name, ids in (("1h", "labelled-1h"), ("5h", "labelled-5h"), ("part", "unlabelled-2h"))}
+    except KeyError as id:
+        raise UserError(f"{speech} has no {id}; python data.py download train-clean-100 dev-clean gets all it takes")
+    sets["10min"] = sets["1h"][:44]
+    sets["rest"] = [u for u in sets["5h"] if u not in sets["1h"]] + sets["part"]
+    dev, sets["final"] = ([u for speaker in some for id, u in held.items() if id.split("-")[0] == speaker]
+                          for some in (DEVELOPMENT, FINAL))
+    sets["dev"] = dev[::4]
     folder.mkdir(parents=True, exist_ok=True)
     for name, utterances in sets.items():
         rows = [{"audio_filepath": str(Path(u.path).absolute()), "id": Path(u.path).stem}
@@ -130,6 +131,8 @@ class Results:
         """Train and score; both do nothing where they have been before."""
         student, labelled, more = ROWS[name]
         out = self.folder(name, seed)
+        for taught_by in re.findall(r"{seed(\d)}", more):
+            self.row(TEACHER, int(taught_by))
         if "{pseudo}" in more:
             self.call("pseudo_label.py", self.audio / "part.jsonl", "--teacher", self.names["base"], "--validator",
                       self.names["tiny"], "--language", "en", "--out", self.pseudo)
@@ -181,8 +184,7 @@ class Results:
         figure.savefig(path)
 
 
-@polite
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lab", type=Path, required=True, help="folder of the speech")
     parser.add_argument("--whisper", nargs=2, default=["openai/whisper-tiny.en", "openai/whisper-base"],
@@ -194,7 +196,12 @@ def main(argv=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of stage 2 (default 0)")
     parser.add_argument("--out", type=Path, default=Path("exp/results"))
     parser.add_argument("--figure", metavar="PNG", help="draw it there")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@polite
+def main(argv=None):
+    args = parse(argv)
     results = Results(args)
     if args.rows:
         write_manifests(args.lab, results.audio)

@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import soundfile
 
 import data
 import results
@@ -17,7 +18,17 @@ def test_the_sets_of_the_protocol_share_nothing(loud_lab, tmp_path):
     assert ids["10min"] < ids["1h"] < ids["5h"] and not ids["1h"] & ids["rest"] and ids["5h"] - ids["1h"] < ids["rest"]
     assert len(speakers["1h"]) == len(speakers["5h"]) == 28
     assert not speakers["dev"] & speakers["final"] and not (speakers["dev"] | speakers["final"]) & speakers["5h"]
-    assert {name for name, some in sets.items() if any(u.text is None for u in some)} == {"rest"}
+    assert {name for name, some in sets.items() if any(u.text is None for u in some)} == {"rest", "part"}
+    assert ids["part"] < ids["rest"] and not ids["part"] & ids["5h"]
+
+
+def test_speech_that_is_not_there_is_one_line(tmp_path, capsys):
+    for folder, id in (("train-clean-100/1088/134315", "1088-134315-0000"), ("dev-clean/84/1", "84-1-0000")):
+        (tmp_path / "LibriSpeech" / folder).mkdir(parents=True)
+        soundfile.write(tmp_path / f"LibriSpeech/{folder}/{id}.wav", [0.0] * 16_000, 16_000)
+        (tmp_path / f"LibriSpeech/{folder}/{id[:-5]}.trans.txt").write_text(f"{id} A WORD\n")
+    assert results.main(["--lab", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "has no '1088-134315-0049'; python data.py download" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -46,6 +57,16 @@ def test_picture(what_is_there, tmp_path):
     picture = tmp_path / "results.png"
     assert results.main([*what_is_there, "--figure", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_students_that_teach_are_trained_first(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(results.Results, "call", lambda self, script, *options: calls.append((script, options[-1])))
+    monkeypatch.setattr(results, "write_manifests", lambda *_: None)
+    results.main(["--lab", "x", "--out", str(tmp_path), "--rows", "+ essence of three"])
+    trained = [out for script, out in calls if script == "finetune_rnnt.py"]
+    first = results.Results(results.parse(["--lab", "x", "--out", str(tmp_path)])).names
+    assert trained[:3] == [first[f"seed{seed}"] for seed in (0, 1, 2)] and len(trained) == 4
 
 
 def test_every_row_has_its_student_and_its_audio():
