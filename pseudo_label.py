@@ -114,10 +114,13 @@ class Recogniser:
     def texts(self, waveforms):
         if self.ours:
             student, tokenizer = self.ours
-            features = [data.log_mel(w) for w in waveforms]
-            batch = data.Batch(list(map(str, range(len(features)))), pad_sequence(features, batch_first=True),
-                               torch.tensor([len(f) for f in features]), None, None, None, None, 0.0)
-            return decode.transcribe(student, tokenizer, batch, self.device)[0]
+            texts = []
+            for some in (waveforms[i:i + 8] for i in range(0, len(waveforms), 8)):
+                features = [data.log_mel(w) for w in some]
+                batch = data.Batch(list(map(str, range(len(features)))), pad_sequence(features, batch_first=True),
+                                   torch.tensor([len(f) for f in features]), None, None, None, None, 0.0)
+                texts += decode.transcribe(student, tokenizer, batch, self.device)[0]
+            return texts
         inputs = [{"raw": w.numpy(), "sampling_rate": data.SAMPLE_RATE} for w in waveforms]
         return [answer["text"].strip() for answer in self.pipe(inputs, batch_size=8, **self.options)]
 
@@ -202,11 +205,11 @@ def main(argv=None):
     if done:
         print(f"continuing {args.out}: {len(done)} recordings are done")
     with open(args.out / "pieces.jsonl", "a", encoding="utf-8") as file:
-        for number, u in enumerate(tqdm(recordings, unit="recording")):
+        for u in tqdm(recordings, unit="recording"):
             if u.path in done:
                 continue
             try:
-                new = label(u, number, teacher, validator, args)
+                new = label(u, len(done), teacher, validator, args)
             except UserError as error:  # one bad file never ends a run
                 failed.append(str(error))
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
@@ -214,6 +217,7 @@ def main(argv=None):
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
             file.flush()
             rows += new
+            done.add(u.path)
     if not rows:
         raise UserError("none of the audio could be read")
     hours = lambda rows: sum(row.get("duration", 0.0) for row in rows) / 3600

@@ -112,6 +112,11 @@ def test_an_interrupted_run_goes_on_and_loses_nothing(tmp_path, monkeypatch, cap
     rows = lambda name: sorted((tmp_path / name / "pieces.jsonl").read_text().splitlines())
     assert rows("cut") == rows("whole")
     assert "1 recordings are done" in capsys.readouterr().out
+    soundfile.write(tmp_path / "in/00.wav", np.full(40_000, 0.5), 16_000)     # it comes before the others, and last
+    assert pseudo_label.main([*command, "--out", str(tmp_path / "cut")]) == 0
+    for row in map(json.loads, rows("cut")):
+        of = soundfile.read(row["source"], start=round(16_000 * row["start"]), frames=round(16_000 * row["duration"]))
+        assert np.allclose(soundfile.read(tmp_path / "cut" / row["audio_filepath"])[0], of[0], atol=1e-4), row
     assert pseudo_label.main([*command, "--out", str(tmp_path / "cut"), "--alpha", "0.2"]) == 2
     kept = data.load_utterances(tmp_path / "whole/pieces.jsonl", transcribed=True)
     assert len(kept) == 3 and all(u.text == CLEAN and u.seconds == 1.0 for u in kept)
