@@ -259,13 +259,13 @@ def log_mel(waveform):
 
 
 _speed = functools.cache(functools.partial(torchaudio.transforms.Speed, SAMPLE_RATE))
-_spec_augment = torchaudio.transforms.SpecAugment(n_time_masks=10, time_mask_param=40, n_freq_masks=2,
-                                                  freq_mask_param=27, p=0.05, zero_masking=True)
 
-
-def spec_augment(features):
-    """(F, 80) -> (F, 80): two masks of up to 27 bins, ten of up to 40 frames and 5 % each (arXiv 1904.08779)."""
-    return _spec_augment(features.T[None])[0].T
+def spec_augment(features, widest):
+    """(F, 80) -> (F, 80): ten masks of up to 40 frames and 5 %, two of fewer than `widest` bins (arXiv 1904.08779)."""
+    for axis, count, width, share in ((0, 10, 40, 0.05), (1, 2, widest, 1.0)):
+        for _ in range(count):
+            features = torchaudio.functional.mask_along_axis(features, width, 0.0, axis, share)
+    return features
 
 
 # ---------------------------------------------------------------------------- text
@@ -320,7 +320,7 @@ class Loader:
     """
 
     def __init__(self, utterances, batch_seconds, tokenizer=None, waveforms=False, augment=False, speeds=(1.0,),
-                 workers=0, seed=0, rank=0, world=1, caches=(), masks=True):
+                 workers=0, seed=0, rank=0, world=1, caches=(), masks=0):
         self.utterances, self.batch_seconds, self.tokenizer = utterances, batch_seconds, tokenizer
         self.waveforms, self.augment, self.speeds, self.masks = waveforms, augment, speeds, masks
         self.workers, self.seed, self.rank, self.world = workers, seed, rank, world
@@ -402,7 +402,7 @@ class _Dataset(torch.utils.data.Dataset):
                 speed = loader.speeds[torch.randint(len(loader.speeds), ()).item()]
                 waveform = _speed(speed)(waveform)[0]
             mel = log_mel(waveform)
-            features = spec_augment(mel) if loader.augment and loader.masks else mel
+            features = spec_augment(mel, loader.masks) if loader.augment and loader.masks else mel
         labels = loader.tokenizer.encode(normalise(u.text or "")).ids if loader.tokenizer else []
         if len(labels) > len(mel) // 4:  # of CTC no path would be left
             raise UserError(f"{u.path}: its transcript of {len(labels)} tokens is too long for its {u.seconds:.1f} s")

@@ -2,7 +2,6 @@
 
 Nothing here knows about speech; the loop that trains in a run directory is training.py.
 """
-import argparse
 import contextlib
 import functools
 import json
@@ -138,9 +137,10 @@ def add_training_options(parser, out, steps, regularised):
     group.add_argument("--clip", type=float, default=5.0, help="largest gradient norm (default %(default)s)")
     group.add_argument("--dropout", type=float, default=0.1 * regularised,
                        help="share of the encoder's values that is dropped (default %(default)s)")
-    group.add_argument("--spec-augment", action=argparse.BooleanOptionalAction, default=regularised,
-                       help="mask parts of the spectrogram; both slow learning and pay where the model could learn "
-                       "its audio by heart: many epochs, few hours (default %(default)s)")
+    group.add_argument("--spec-augment", type=int, default=4 * regularised, metavar="BINS",
+                       help="SpecAugment whose frequency masks cover fewer than BINS of 80 bins (the paper's: 27; 0: "
+                       "no masks at all). Both slow learning and pay where the model could learn its audio by heart: "
+                       "many epochs, few hours (default %(default)s)")
     group.add_argument("--eval-every", type=int, help="updates between evaluations (default: a tenth of --steps)")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("machine and files")
@@ -166,7 +166,7 @@ def check_training_options(args):
     above = ("steps minutes batch_seconds accumulate eval_every lr encoder_lr clip vocab_size min_frequency "
              "kd_temperature essence_top_k essence_mass").split()
     for name in above + ("workers ctc_weight freeze_steps kd_weight kd_shift pseudo_weight bert_weight bert_lambda "
-                         "left").split():
+                         "left spec_augment").split():
         value = getattr(args, name, None)
         if value is not None and not (0 < value < math.inf or value == 0 and name not in above):
             raise UserError(f"--{name.replace('_', '-')} must {'be above 0' if name in above else 'not be negative'}, "

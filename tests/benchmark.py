@@ -91,7 +91,7 @@ def loss(repeat):
 def train(repeat, batch_seconds):
     """A step of stage 1 on the demo, and its parts."""
     utterances = data.load_utterances(running.DEMO / "corpus/unlabelled")
-    loader = data.Loader(utterances, batch_seconds, waveforms=True, augment=True, masks=False, speeds=(0.9, 1.0, 1.1))
+    loader = data.Loader(utterances, batch_seconds, waveforms=True, augment=True, speeds=(0.9, 1.0, 1.1))
     dataset, [indices] = data._Dataset(loader, 0), loader.batches(0)[:1]
     batch = dataset[indices].to(DEVICE)
     folders = [str(running.DEMO / "teachers" / name) for name in ("hubert", "whisper")]
@@ -124,7 +124,7 @@ def teacher(repeat, batch_seconds, specs):
     utterances = data.load_utterances(running.DEMO / "corpus/unlabelled")
     speeds, caches = (0.9, 1.0, 1.1), []
     teachers = [pretrain_kd.Teacher(spec, DEVICE, running.inference_dtype(DEVICE)) for spec in specs]
-    loaders = [data.Loader(utterances, batch_seconds, waveforms=True, augment=True, masks=False, speeds=speeds)]
+    loaders = [data.Loader(utterances, batch_seconds, waveforms=True, augment=True, speeds=speeds)]
     [indices] = loaders[0].batches(0)[:1]
     batch = data._Dataset(loaders[0], 0)[indices]
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +136,7 @@ def teacher(repeat, batch_seconds, specs):
                     caches[-1].append([u], speed, *one.embed([data._speed(speed)(data.load_audio(u.path))[0]]))
             caches[-1].close()
             caches[-1].read()
-        loaders.append(data.Loader(utterances, batch_seconds, augment=True, masks=False, speeds=speeds, caches=caches))
+        loaders.append(data.Loader(utterances, batch_seconds, augment=True, speeds=speeds, caches=caches))
         live, from_cache = (data._Dataset(loader, 0) for loader in loaders)
         widths = tuple(width for one in teachers for width in one.widths)
         student = model.Student(replace(model.PRESETS["nano"], dropout=0.0, head_dims=widths)).to(DEVICE)

@@ -175,15 +175,19 @@ def test_silence_is_finite():
     assert torch.isfinite(data.log_mel(torch.zeros(1600))).all()
 
 
-def test_spec_augment_masks_something_and_leaves_most():
+@pytest.mark.parametrize("widest", [4, 27])
+def test_spec_augment_masks_as_wide_as_it_says(widest):
     torch.manual_seed(0)
-    shares = []
-    for _ in range(20):
-        mel = torch.randn(600, 80) + 10                                             # no zeros of its own
-        masked = data.spec_augment(mel)
-        shares.append((masked == 0).float().mean().item())
-        assert masked.shape == mel.shape and torch.equal(masked[masked != 0], mel[masked != 0])
-    assert 0.05 < np.mean(shares) < 0.6 and max(shares) < 0.9 and len(set(shares)) > 10
+    frames, bins = [], []
+    for _ in range(300):
+        masked = data.spec_augment(torch.ones(600, 80), widest) == 0
+        frames.append(masked.all(1).sum().item())
+        bins.append(masked.all(0).sum().item())
+        assert torch.equal(masked, masked.all(1)[:, None] | masked.all(0))     # whole frames and whole bins only
+    assert max(bins) <= 2 * (widest - 1) and max(frames) <= 10 * 29            # torchaudio: fewer than 5 % of 600
+    assert np.mean(bins) == pytest.approx(widest - 1, rel=0.15)                # two, each uniform in 0 ... widest - 1
+    assert 80 < np.mean(frames) < 145                                          # ten of 14.5 that overlap
+    assert len(set(frames)) > 50
 
 
 # ---------------------------------------------------------------------------- text
@@ -253,7 +257,7 @@ def test_an_epoch_as_it_arrives(demo_utterances):
 
 
 def test_masks_only_where_they_are_wanted(demo_utterances):
-    for masks in (False, True):
+    for masks in (0, 4):
         batch = next(loader(demo_utterances[:12], masks=masks, speeds=(1.0,)).epoch(0))
         plain = [torch.equal(x[:n], data.log_mel(w)) for x, n, w in zip(batch.features, batch.feature_lengths,
                                                                        batch.waveforms)]

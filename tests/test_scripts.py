@@ -183,8 +183,8 @@ def test_stage_2_inherits_the_encoder(stage2, pretrained, tmp_path, monkeypatch,
         return 0
     monkeypatch.setattr(finetune_rnnt.training, "train", look)
     assert finetune_rnnt.main([*stage2, "--out", str(tmp_path / "x")]) == 0
-    assert finetune_rnnt.main([*stage2, "--dropout", "0.3", "--no-spec-augment", "--out", str(tmp_path / "y")]) == 0
-    assert asked == [(0.1, True), (0.3, False)]
+    assert finetune_rnnt.main([*stage2, "--dropout", "0.3", "--spec-augment", "0", "--out", str(tmp_path / "y")]) == 0
+    assert asked == [(0.1, 4), (0.3, 0)]
     first = torch.load(pretrained / "best.pt", weights_only=True)["model"]
     assert first and seen and all(torch.equal(first["encoder." + k], v) for k, v in seen.items())
     said = capsys.readouterr()
