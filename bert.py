@@ -53,11 +53,11 @@ def soft_labels(tokenizer, bert, text):
     what BERT would say for tokens 1 to n; the last row is [SEP], which has no doubts."""
     tokens = torch.tensor(tokenizer(data.normalise(text).lower(), truncation=True).input_ids)
     n = len(tokens) - 2
-    masked = tokens.repeat(n, 1)
-    masked[torch.arange(n), torch.arange(1, n + 1)] = tokenizer.mask_token_id
-    logits = [bert(rows.to(bert.device)).logits.float().cpu() for rows in masked.split(64) if n]
-    logits = torch.cat([torch.zeros(0, n + 2, bert.config.vocab_size), *logits])
-    logits = logits[torch.arange(n), torch.arange(1, n + 1)]                                           # (n, V)
+    masked, hidden = tokens.repeat(n, 1), torch.arange(1, n + 1)
+    masked[torch.arange(n), hidden] = tokenizer.mask_token_id
+    logits = [bert(rows.to(bert.device)).logits[torch.arange(len(rows)), where].float().cpu()
+              for rows, where in zip(masked.split(64), hidden.split(64)) if n]
+    logits = torch.cat([torch.zeros(0, bert.config.vocab_size), *logits])                              # (n, V)
     logits[:, tokenizer.all_special_ids] = -torch.inf
     top, ids = logits.topk(TOP)
     end = torch.full((1, TOP), tokenizer.sep_token_id), F.one_hot(torch.tensor([0]), TOP).float()
@@ -125,7 +125,7 @@ class Tutor:
                             f"{depth - 1}")
         self.labels, self.weight, self.heard, self.ctc = labels, weight, {}, {}
         vocabulary = 1 + max(int(x.max()) for tokens, ids, _ in labels.values() for x in (tokens, ids))
-        student.auxiliary = AuxiliaryDecoder(student.config.dim, vocabulary)
+        student.auxiliary = AuxiliaryDecoder(student.config.dim, vocabulary).to(student.ctc.weight.device)
         for k in layers:
             block = student.encoder.blocks[k - 1]
             keep = lambda module, inputs, output, k=k: self.heard.update({k: inputs[0]})
@@ -141,4 +141,4 @@ class Tutor:
         loss = interaed_loss(student.auxiliary, [h[written] for h in [*middle, hidden]], lengths[written],
                              [self.labels[batch.texts[b]] for b in written], self.weight) if written else 0.0 * sum(
             p.sum() for p in student.auxiliary.parameters())
-        return {"ctc of layers": sum(batch.weights @ x for x in ctc) / len(ctc), "bert": loss}
+        return {"ctc of layers": sum((batch.weights * x).sum() for x in ctc) / len(ctc), "bert": loss}

@@ -193,14 +193,12 @@ def load_training_data(args, say, transcribed=False):
         sources = [DEMO / "corpus/train"]
         unlabelled = unlabelled or [DEMO / "corpus/unlabelled"] * (not transcribed)
         dev_sources = args.dev or [DEMO / "corpus/dev"]
-    train = load_sources(sources if transcribed else [*sources, *unlabelled], transcribed) + pseudo
-    if dev_sources:
-        dev = {u.path: u for u in load_sources(dev_sources, transcribed)}
-        train, dev = [u for u in train if u.path not in dev], [*dev.values()]
-    else:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-        held = set(order[:min(200, math.ceil(len(train) / 20))])
-        train, dev = [u for i, u in enumerate(train) if i not in held], [u for i, u in enumerate(train) if i in held]
+    train = load_sources(sources if transcribed else [*sources, *unlabelled], transcribed)
+    some = train or pseudo  # what a model wrote is no measure where there is better
+    order = torch.randperm(len(some), generator=torch.Generator().manual_seed(0)).tolist()
+    held = [some[i] for i in sorted(order[:min(200, math.ceil(len(some) / 20))])]
+    dev = {u.path: u for u in (load_sources(dev_sources, transcribed) if dev_sources else held)}
+    train, dev = [u for u in train + pseudo if u.path not in dev], [*dev.values()]
     if transcribed and unlabelled:  # whatever is written beside them: it is not to be read
         known = {u.path for u in train + dev}
         train += [replace(u, text=None) for u in load_sources(unlabelled) if u.path not in known]
@@ -304,7 +302,7 @@ class Batch:
     weights: torch.Tensor | None           # (B,) of the utterances' losses
     seconds: float                         # of audio, without padding
     texts: list | None = None
-    failed: tuple = ()                     # (path, why) of files that could not be read
+    failed: tuple = ()                     # "path: why" of files that could not be read
     embeddings: list | None = None         # of (B, T, dim) float16, one per cache
 
     def to(self, device):

@@ -3,7 +3,7 @@
     python finetune_rnnt.py                                   # the demo, after pretrain_kd.py: minutes on a laptop CPU
     python finetune_rnnt.py --init none --out exp/scratch     # the baseline without distillation
     python finetune_rnnt.py --data LibriSpeech/train-clean-100 --dev LibriSpeech/dev-clean --init exp/pretrain-100h \\
-        --steps 40000 --batch-seconds 400 --out exp/finetune-100h                                    # one GPU
+        --steps 40000 --batch-seconds 400 --spec-augment 27 --out exp/finetune-100h                  # one GPU
     torchrun --nproc_per_node 8 finetune_rnnt.py ...          # eight GPUs, the same arguments
 
     python finetune_rnnt.py --teacher-transducer exp/a exp/b --out exp/taught       # trained transducers teach it too
@@ -42,14 +42,15 @@ def stage2_loss(student, batch, args, teachers=(), tutor=None):
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
     predicted, parts = student.predict(batch.targets), {}
     labels = batch.targets, lengths, batch.target_lengths
+    total = lambda each: (each * batch.weights).sum()  # (autocast would do @ in bfloat16)
     if student.config.simple_joiner:
         each = losses.pruned_transducer_loss(student.joiner, student.simple_joiner, hidden, predicted, *labels,
                                              reduction="none")
-        parts["transducer"], parts["simple"] = (loss @ batch.weights for loss in each)
+        parts["transducer"], parts["simple"] = map(total, each)
     else:
         loss = losses.transducer_loss_from_joiner(student.joiner, hidden, predicted, *labels, reduction="none")
-        parts["transducer"] = loss @ batch.weights
-    parts["ctc"] = batch.weights @ losses.ctc_loss(student.ctc(hidden), *labels)
+        parts["transducer"] = total(loss)
+    parts["ctc"] = total(losses.ctc_loss(student.ctc(hidden), *labels))
     if teachers:
         parts["kd"], _ = losses.path_distillation_loss(student.joiner, hidden, predicted, nodes, soft_labels, lengths,
                                                        args.kd_temperature, args.kd_shift)
@@ -156,7 +157,7 @@ def parse(argv):
                        help="peak learning rate of the encoder (default: 5e-4; with --init none 3e-3)")
     group.add_argument("--freeze-steps", type=int,
                        help="updates before the encoder learns too, so that the random new parts do not spoil it "
-                       "(default: a tenth of --steps; none with --init none)")
+                       "(default: a tenth of the budget; none with --init none)")
     group = parser.add_argument_group("output distillation", "trained transducers teach by what they answer; they also "
                                       "transcribe --unlabelled audio")
     group.add_argument("--teacher-transducer", nargs="+", metavar="CKPT", default=[],
@@ -232,12 +233,11 @@ def main(argv=None):
                          masks=args.spec_augment, speeds=args.speeds, workers=args.workers, seed=args.seed,
                          rank=rank, world=world)
     dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers)
-    encoder_lr, freeze_steps = (3e-3, 0) if args.init == "none" else (5e-4, args.steps // 10)
-    optimizer = training.Muon(student, args.lr, args.encoder_lr or encoder_lr)
-    freeze_steps = freeze_steps if args.freeze_steps is None else args.freeze_steps
+    optimizer = training.Muon(student, args.lr, args.encoder_lr or (3e-3 if args.init == "none" else 5e-4))
 
-    def before_step(step):
-        student.encoder.requires_grad_(step >= freeze_steps)
+    def before_step(step, spent):
+        frozen = spent < 0.1 and args.init != "none" if args.freeze_steps is None else step < args.freeze_steps
+        student.encoder.requires_grad_(not frozen)
 
     def evaluate(student):
         references = {u.id: u.text for u in dev_set}

@@ -61,6 +61,8 @@ def distillation_loss(prediction, target, lengths, kind="l1"):
 
 def ctc_loss(logits, targets, lengths, target_lengths):
     """Graves 2006: logits (B, T, V), targets (B, U) -> (B,); 0 where an utterance is too short for its targets."""
+    if logits.device.type == "mps":  # torch has no CTC there
+        return ctc_loss(logits.cpu(), targets.cpu(), lengths.cpu(), target_lengths.cpu()).to(logits.device)
     log_probs = logits.float().log_softmax(-1).transpose(0, 1)                         # (T, B, V)
     return F.ctc_loss(log_probs, targets, lengths, target_lengths, reduction="none", zero_infinity=True)
 

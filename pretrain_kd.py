@@ -97,7 +97,7 @@ def options(argv):
                        help="distance to the teachers, one for all or one for each (default l1)")
     group.add_argument("--cache", type=Path, metavar="DIR",
                        help="keep the teachers' embeddings there (float16; the size is printed first) and train from "
-                            "them: from the second epoch on a step costs what the student costs")
+                            "them: a step then costs what the student costs")
     group.add_argument("--probe", action="store_true",
                        help="train nothing; say what the teachers are, how fast, and how well a linear layer reads "
                             "transcripts off their embeddings (about a minute each)")
@@ -158,7 +158,8 @@ def load_teachers(args, device, say):
 
 
 def standardise(teachers, loader, state):
-    """The teachers' means and deviations: those of the run that goes on, or measured on the first 200 s of training."""
+    """The teachers' means and deviations: those of the run that goes on, or measured on the first batches of
+    training: four, and 200 s."""
     if state:
         for teacher, old in zip(teachers, state["teachers"]):
             teacher.mean, teacher.std = old["mean"].to(teacher.device), old["std"].to(teacher.device)
@@ -201,6 +202,8 @@ def remember(args, teachers, train_set, dev_set, say, rank, world):
         raise UserError(f"cannot write --cache {folder} ({error.strerror}); what is there is intact: free some space "
                         f"or choose another folder, and run the same command again")
     unknown = {u.path for u, s in everything if not all(cache.row(u, s) for cache in caches)}  # (unreadable)
+    if len(set(map(frozenset, running.everyone(unknown)))) > 1:
+        raise UserError(f"--cache {folder} is not one folder for all processes: put it on a disk that they share")
     for teacher in teachers:
         teacher.encoder = None  # its memory is the student's now
     return caches, *([u for u in some if u.path not in unknown] for some in (train_set, dev_set))

@@ -3,6 +3,7 @@
 Nothing here knows about speech; the loop that trains in a run directory is training.py.
 """
 import contextlib
+import datetime
 import functools
 import json
 import math
@@ -38,7 +39,10 @@ def polite(main):
     def wrapper(argv=None):
         script = Path(sys.modules[main.__module__].__file__).name
         try:
-            return main(argv) or 0
+            code = main(argv) or 0
+            if dist.is_initialized():  # (not after an error: the others would be waited for, who wait for this one)
+                dist.destroy_process_group()
+            return code
         except (UserError, OSError, MemoryError, RuntimeError) as error:
             what = " ".join(str(error).splitlines())
             if isinstance(error, OSError):
@@ -52,9 +56,6 @@ def polite(main):
         except KeyboardInterrupt:
             print(f"{script}: interrupted", file=sys.stderr)
             return 130
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
     return wrapper
 
 
@@ -102,7 +103,8 @@ def start_processes(device):
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # over a restart torchrun keeps its store, and in it the addresses of the dead
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=datetime.timedelta(hours=1))  # one may fill its part of a cache much faster
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
@@ -141,7 +143,7 @@ def add_training_options(parser, out, steps, regularised):
                        help="SpecAugment whose frequency masks cover fewer than BINS of 80 bins (the paper's: 27; 0: "
                        "no masks at all). Both slow learning and pay where the model could learn its audio by heart: "
                        "many epochs, few hours (default %(default)s)")
-    group.add_argument("--eval-every", type=int, help="updates between evaluations (default: a tenth of --steps)")
+    group.add_argument("--eval-every", type=int, help="updates between evaluations (default: ten in all)")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("machine and files")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

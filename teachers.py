@@ -135,7 +135,8 @@ class Teacher:
         self.mean, self.std = torch.zeros(self.dim, device=self.device), torch.ones(self.dim, device=self.device)
         noise = [0.1 * torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (16_000, 28_000)]
         alone, self.batched = self._listen(noise[:1])[0], True
-        self.batched = all(a.shape == b.shape and bool((a - b).norm() < 1e-3 * a.norm())
+        # what padding does is a tenth and more, what rounding does a thousandth, also on a GPU (TF32)
+        self.batched = all(a.shape == b.shape and bool((a - b).norm() < 1e-2 * a.norm())
                            for a, b in zip(alone, self._listen(noise)[0]))
         self.dtype = dtype
         # autocast would cast frozen weights anew in every call
@@ -370,6 +371,7 @@ class Cache:
     def close(self):
         for file in self.files:
             file.close()
+        del self.files  # (what is open cannot go to another process)
 
 
 def audio_key(utterance):

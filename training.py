@@ -126,8 +126,8 @@ class Training:
         self.device, self.dtype, self.rank, self.world, self.export = device, dtype, rank, world, export
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.averaged = copy.deepcopy(student).eval()
-        self.progress = {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0, "best": math.inf, "finished": False,
-                         "skipped": 0, "skipped_in_a_row": 0, "sums": {}, "settings": run.settings}
+        self.progress = {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0, "best": math.inf, "evaluated": 0,
+                         "finished": False, "skipped": 0, "skipped_in_a_row": 0, "sums": {}, "settings": run.settings}
         self.unit, self.budget = ("seconds", 60 * run.args.minutes) if run.args.minutes else ("step", run.args.steps)
         self.unreadable, self.saved = set(), time.time()
         if run.state:
@@ -147,31 +147,32 @@ class Training:
         """Train until the budget is spent. -> exit code"""
         args, progress = self.args, self.progress
         self.rehearse()
-        every = args.eval_every or max(1, args.steps // 10)
         batches, before, started, heard = self.batches(), progress["seconds"], time.time(), 0.0
         bar = tqdm(total=round(self.budget), initial=int(progress[self.unit]), unit="s" if args.minutes else "step",
                    desc=self.run.out.name, disable=self.rank > 0, dynamic_ncols=True)
         with stop_signals() as signals, bar:
-            while progress[self.unit] < self.budget:
-                factor = max(learning_rate(progress[self.unit] / self.budget, args.warmup), 1e-3)
+            while (spent := progress[self.unit] / self.budget) < 1:
+                factor = max(learning_rate(spent, args.warmup), 1e-3)
                 for group, rate in zip(self.optimizer.param_groups, self.base_rates):
                     group["lr"] = rate * factor
                 if self.before_step:
-                    self.before_step(progress["step"])
+                    self.before_step(progress["step"], spent)
                 self.update(self.gradients(batches))
                 # the largest of all processes: nobody waits for one that has left, all follow one clock
                 seconds, stop = before + time.time() - started, signals[0][1] if signals else 0
                 progress["seconds"], stop = map(max, zip(*everyone((seconds, stop))))
                 heard += self.world * sum(batch.seconds for batch, _ in self.heard)
                 self.tell(bar, heard / (time.time() - started))
-                if progress["step"] % every == 0:
+                due = (progress["step"] % args.eval_every == 0 if args.eval_every else
+                       int(10 * progress[self.unit] / self.budget) > int(10 * spent))
+                if due:
                     self.evaluation()
-                if progress["step"] % every == 0 or stop or time.time() - self.saved > 300:
+                if due or stop or time.time() - self.saved > 300:
                     self.save()
                 if stop:
                     self.say(f"stopped by signal {stop} at step {progress['step']}; the same command goes on from here")
                     return 128 + stop
-            if progress["step"] % every:
+            if progress["evaluated"] < progress["step"]:
                 self.evaluation()
             progress["finished"] = True
             self.save()
@@ -302,6 +303,7 @@ class Training:
         step = self.progress["step"]
         self.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
         self.run.log(step=step, **results)
+        self.progress["evaluated"] = step
         if score < self.progress["best"] or not (self.run.out / "best.pt").exists():
             self.progress["best"] = score
             self.write("best.pt", model=self.export(self.averaged.state_dict()), results=results, step=step)

@@ -62,6 +62,13 @@ def test_the_loss_token_by_token(small_bert, weight):
     assert loss.item() == pytest.approx(total.item() / 2, rel=1e-4)
 
 
+def test_the_decoder_goes_where_the_student_is(small_bert):
+    tokenizer, lm = bert.load_bert(small_bert, "cpu")
+    student = model.Student(model.Config(vocab_size=20)).to("meta")
+    bert.Tutor(student, {"a cat": bert.soft_labels(tokenizer, lm, "a cat")}, [2], 0.5)
+    assert {p.device.type for p in student.parameters()} == {"meta"}
+
+
 def test_a_model_without_the_head_is_one_line(tmp_path):
     with pytest.raises(bert.UserError, match="no masked-LM head"):
         bert.load_bert(save_bert(tmp_path, head=False), "cpu")

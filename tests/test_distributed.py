@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import data
 import model
+import pretrain_kd
 import run
 import training
-from conftest import ROOT
+from conftest import DEMO, ROOT
 from test_faults import child, finish, log_of, same, start, tiny_run
 
 
@@ -164,6 +166,18 @@ def test_machines_that_do_not_share_the_folder_are_told(tmp_path):
     together(few, tmp_path / "0", 8)
     done = together(not_the_same_folder, tmp_path)
     assert all(code == 2 for code, _ in done), done
+
+
+def a_cache_for_each(out, teacher):
+    return pretrain_kd.main(["--data", str(out / "few.jsonl"), "--teachers", teacher, "--speeds", "1", "--steps", "1",
+                             "--cache", str(out / os.environ["RANK"]), "--out", str(out / "run")])
+
+
+def test_machines_that_do_not_share_the_cache_are_told(tmp_path, teacher_folders):
+    rows = [json.dumps({"audio_filepath": u.path}) for u in data.load_utterances(DEMO / "corpus/dev")[:5]]
+    (tmp_path / "few.jsonl").write_text("\n".join(rows))
+    done = together(a_cache_for_each, tmp_path, teacher_folders["hubert"])
+    assert all(code == 2 and "is not one folder for all processes" in said for code, said in done), done
 
 
 def test_gradients_of_two_processes_are_those_of_one_large_batch():

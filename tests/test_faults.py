@@ -163,6 +163,14 @@ def test_kill_9_at_twenty_random_moments(whole, tmp_path):
     same(whole, out)
 
 
+def test_a_budget_of_minutes_is_evaluated_ten_times(tmp_path):
+    """However many updates that is: --steps does not count."""
+    assert tiny_run(tmp_path / "out", minutes=0.04, steps=100_000, eval_every=None) == 0
+    evaluated = [row["step"] for row in log_of(tmp_path / "out") if "dev size" in row]
+    assert 3 <= len(evaluated) <= 10 and len(set(evaluated)) == len(evaluated)
+    assert evaluated[-1] == model.load_checkpoint(tmp_path / "out/last.pt")["progress"]["step"]
+
+
 @pytest.mark.parametrize("where", ["write", "replace"])
 def test_power_lost_in_the_middle_of_a_save(whole, tmp_path, where):
     """Dead with half of last.pt written, or with all of it written and not yet renamed."""

@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -391,5 +392,6 @@ def test_a_real_teacher_of_the_lab(loud_lab, tmp_path):
     cache.append(utterances, 1.0, embeddings, lengths)
     cache.close()
     cache.read()
+    cache = pickle.loads(pickle.dumps(cache))  # as it goes to a process that was not forked
     for u, e in zip(utterances, embeddings):
         assert (cache(u, 1.0) - e).norm() < 1e-3 * e.norm()

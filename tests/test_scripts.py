@@ -174,6 +174,30 @@ def test_an_interrupted_run_goes_on_bit_by_bit(stage, arguments, whole, request,
     )
 
 
+def test_under_autocast_losses_and_counts_stay_whole():
+    """In bfloat16 a sum of 2,000 nats would be off by eight, and 321 utterances would be 320."""
+    torch.manual_seed(0)
+    student = model.Student(model.Config(vocab_size=20)).eval()
+    batch = data.Batch(["a", "b"], torch.randn(2, 200, 80), torch.tensor([200, 180]), None,
+                       torch.randint(1, 20, (2, 12)), torch.tensor([12, 9]), torch.tensor([1.0, 0.7]), 4.0)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        loss, count, parts = finetune_rnnt.stage2_loss(student, batch, finetune_rnnt.parse([]))
+    assert {x.dtype for x in (loss, *parts.values())} == {torch.float32} and count == 2
+
+
+def test_what_a_model_wrote_is_not_evaluated_on(tmp_path, demo_utterances):
+    rows = [{"audio_filepath": u.path, "text": u.text, "keep": True} for u in demo_utterances]
+    (tmp_path / "true.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    (tmp_path / "pseudo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[20:]))
+    pseudo = ["--pseudo", str(tmp_path / "pseudo.jsonl")]
+    args = finetune_rnnt.parse(["--data", str(tmp_path / "true.jsonl"), *pseudo])
+    train, dev = data.load_training_data(args, lambda line: None, transcribed=True)
+    assert len(dev) == 1 and {u.path for u in dev} < {row["audio_filepath"] for row in rows[:20]}
+    assert len(train) + len(dev) == len(rows)
+    train, dev = data.load_training_data(finetune_rnnt.parse(pseudo), lambda line: None, transcribed=True)
+    assert dev and not {u.path for u in train} & {u.path for u in dev}
+
+
 def test_stage_2_inherits_the_encoder(stage2, pretrained, tmp_path, monkeypatch, capsys):
     seen, asked = {}, []
 
