@@ -134,8 +134,8 @@ class Results:
         for taught_by in re.findall(r"{seed(\d)}", more):
             self.row(TEACHER, int(taught_by))
         if "{pseudo}" in more:
-            self.call("pseudo_label.py", self.audio / "part.jsonl", "--teacher", self.names["base"], "--validator",
-                      self.names["tiny"], "--language", "en", "--out", self.pseudo)
+            self.call("pseudo_label.py", self.audio / "part.jsonl", "--teacher", self.names["moonshine"],
+                      "--validator", self.names["tiny"], "--out", self.pseudo)
         self.call("finetune_rnnt.py", "--data", *self.sources(labelled), "--dev", *self.sources("dev"), "--init",
                   self.pretrain(student), *self.options(BUDGET["finetune"] + " " + more), "--seed", seed, "--out", out)
         for method in ("transducer", "ctc"):
