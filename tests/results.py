@@ -52,6 +52,7 @@ ROWS = {  # student of stage 1, labelled audio, what else in stage 2
     "Moonshine, + 6.2 h unlabelled": ("moonshine-more", "1h", ""),
     "Whisper base + Moonshine, + 6.2 h unlabelled": ("two-more", "1h", ""),
     TEACHER: ("three-more", "1h", ""),
+    f"{TEACHER}, 2,400 updates": ("three-more", "1h", "--steps 2400 --eval-every 600"),
     "+ one-best path": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3"),
     "+ essence of three": ("three-more", "1h", "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3 "
                                          "--essence-top-k 4"),
