@@ -126,8 +126,8 @@ class Training:
         self.device, self.dtype, self.rank, self.world, self.export = device, dtype, rank, world, export
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.averaged = copy.deepcopy(student).eval()
-        self.progress = {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0, "best": math.inf, "evaluated": 0,
-                         "finished": False, "skipped": 0, "skipped_in_a_row": 0, "sums": {}, "settings": run.settings}
+        self.progress = {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0, "best": math.inf, "finished": False,
+                         "skipped": 0, "skipped_in_a_row": 0, "sums": {}, "settings": run.settings}
         self.unit, self.budget = ("seconds", 60 * run.args.minutes) if run.args.minutes else ("step", run.args.steps)
         self.unreadable, self.saved = set(), time.time()
         if run.state:
@@ -172,7 +172,7 @@ class Training:
                 if stop:
                     self.say(f"stopped by signal {stop} at step {progress['step']}; the same command goes on from here")
                     return 128 + stop
-            if progress["evaluated"] < progress["step"]:
+            if args.eval_every and progress["step"] % args.eval_every:  # (tenths of a budget end where it does)
                 self.evaluation()
             progress["finished"] = True
             self.save()
@@ -303,7 +303,6 @@ class Training:
         step = self.progress["step"]
         self.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
         self.run.log(step=step, **results)
-        self.progress["evaluated"] = step
         if score < self.progress["best"] or not (self.run.out / "best.pt").exists():
             self.progress["best"] = score
             self.write("best.pt", model=self.export(self.averaged.state_dict()), results=results, step=step)

@@ -1,6 +1,6 @@
 """The rows of README.md's "Results": real speech, real teachers, little labelled. One command repeats one row or all.
 
-    python tests/results.py --lab LAB                                # everything: about seven hours on one CPU core
+    python tests/results.py --lab LAB                                # everything: about nine hours on one CPU core
     python tests/results.py --lab LAB --rows "no KD" "Whisper base" --seeds 0 1 2
     python tests/results.py --lab LAB --rows --figure results.png    # train nothing; table and picture of what is there
 
@@ -99,9 +99,10 @@ def write_manifests(lab, folder):
 
 class Results:
     def __init__(self, args):
-        self.out, self.audio, self.pseudo = args.out, args.out / "audio", args.out / "pseudo"
+        self.out, self.audio = args.out, args.out / "audio"
         self.names = {"tiny": args.whisper[0], "base": args.whisper[1], "moonshine": args.moonshine, "bert": args.bert,
-                      "pseudo": self.pseudo, **{f"seed{seed}": self.folder(TEACHER, seed) for seed in (0, 1, 2)}}
+                      "pseudo": args.out / "pseudo",
+                      **{f"seed{seed}": self.folder(TEACHER, seed) for seed in (0, 1, 2)}}
 
     def options(self, text):
         return [word.format_map(self.names) for word in text.split()]
@@ -136,7 +137,7 @@ class Results:
             self.row(TEACHER, int(taught_by))
         if "{pseudo}" in more:
             self.call("pseudo_label.py", self.audio / "part.jsonl", "--teacher", self.names["moonshine"],
-                      "--validator", self.names["tiny"], "--out", self.pseudo)
+                      "--validator", self.names["tiny"], "--out", self.names["pseudo"])
         self.call("finetune_rnnt.py", "--data", *self.sources(labelled), "--dev", *self.sources("dev"), "--init",
                   self.pretrain(student), *self.options(BUDGET["finetune"] + " " + more), "--seed", seed, "--out", out)
         for method in ("transducer", "ctc"):

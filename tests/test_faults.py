@@ -87,8 +87,8 @@ def tiny_run(out, spoil=None, dtype=torch.float32, utterances=8, workers=0, **op
         tokenizer = data.train_tokenizer([u.text for u in few], 40, 2)
         torch.manual_seed(args.seed)
         student, calls = model.Student(SMALL), []
-        loader = data.Loader(few, args.batch_seconds, tokenizer, augment=True, speeds=(0.9, 1.0, 1.1), masks=4, rank=rank,
-                             world=world, workers=workers)
+        loader = data.Loader(few, args.batch_seconds, tokenizer, augment=True, speeds=(0.9, 1.0, 1.1), masks=4,
+                             rank=rank, world=world, workers=workers)
         weights = finetune_rnnt.parse([])
 
         def compute_loss(batch):
