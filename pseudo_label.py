@@ -92,7 +92,7 @@ class Recogniser:
     """One of ours or of transformers. texts(list of (S,)) -> list of str; pieces((S,)) -> [(start, end, text)]."""
 
     def __init__(self, name, device, language=None):
-        self.name, self.device, self.ours = name, device, None
+        self.name, self.device, self.ours, self.window = name, device, None, LONGEST
         if Path(name).suffix == ".pt" or (Path(name) / "best.pt").exists():
             self.ours = decode.load_recogniser(name, device)
             return
@@ -106,6 +106,9 @@ class Recogniser:
                             f"(hf download {name} fetches one), a folder, or a checkpoint of stage 2")
         if self.pipe.tokenizer is None:
             raise UserError(f"{name}: it has no tokenizer, so it cannot write; give a model fine-tuned to transcribe")
+        if not hasattr(self.pipe.tokenizer, "_decode_asr") and self.pipe.type == "seq2seq_whisper":
+            self.pipe.type = "seq2seq"  # Whisper's architecture with a tokenizer of one's own, like the demo's
+            self.window = self.pipe.feature_extractor.chunk_length  # seconds; it would not hear the rest
         generation = getattr(self.pipe.model, "generation_config", None)
         choose = language and getattr(generation, "is_multilingual", False)  # others have but one
         self.options = {"generate_kwargs": {"language": language, "task": "transcribe"}} if choose else {}
@@ -131,7 +134,7 @@ class Recogniser:
             end = len(waveform) / data.SAMPLE_RATE
             return join((start, end if stop is None else min(stop, end), text)
                         for chunk in answer["chunks"] for (start, stop), text in [(chunk["timestamp"], chunk["text"])])
-        cuts = quiet_cuts(waveform)
+        cuts = quiet_cuts(waveform, self.window)
         waveforms = [cut(waveform, start, end) for start, end in cuts]
         return [(*times, text) for times, text in zip(cuts, self.texts(waveforms))]
 

@@ -1,8 +1,9 @@
-"""The rows of README.md's "Results": real speech, real teachers, little labelled. One command repeats one row or all.
+"""The rows of README.md's tables. One command repeats one row or all: real speech and real teachers, or the demo's.
 
     python tests/results.py --lab LAB                                # everything: about nine hours on one CPU core
     python tests/results.py --lab LAB --rows "no KD" "Whisper base" --seeds 0 1 2
     python tests/results.py --lab LAB --rows --figure results.png    # train nothing; table and picture of what is there
+    python tests/results.py --bert google/bert_uncased_L-2_H-128_A-2 # the demo's methods: half an hour a seed
 
 LAB holds LibriSpeech/train-clean-100 and dev-clean, whole or the parts that are named here. Labelled: one hour of 28
 speakers, tests/labelled-1h.txt; unlabelled: the rest of tests/labelled-5h.txt (Mini LibriSpeech's train-clean-5), and
@@ -15,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,61 +24,96 @@ sys.path.insert(0, str(ROOT))
 import data
 from decode import Errors
 from plot import read_log, two_panels
-from run import UserError, polite
+from run import DEMO as DEMO_FOLDER, UserError, polite
 
 DEVELOPMENT, FINAL = "84 251 1272 1673 1988".split(), "2035 2086 2412 2803 652".split()
-BUDGET = {"pretrain": "--steps 4800 --eval-every 800",
-          "finetune": "--steps 1200 --eval-every 300"}
 
-STUDENTS = {  # of stage 1: its teachers, its audio, what else
-    "tiny": ("{tiny}", "1h", ""),
-    "base": ("{base}", "1h", ""),
-    "moonshine": ("{moonshine}", "1h", ""),
-    "three": ("{tiny} {base} {moonshine}", "1h", ""),
-    "base-more": ("{base}", "1h rest", ""),
-    "moonshine-more": ("{moonshine}", "1h rest", ""),
-    "two-more": ("{base} {moonshine}", "1h rest", ""),
-    "three-more": ("{tiny} {base} {moonshine}", "1h rest", ""),
-    "base-more-streaming": ("{base}", "1h rest", "--chunk 16 --left 64"),
-    "three-more-streaming": ("{tiny} {base} {moonshine}", "1h rest", "--chunk 16 --left 64"),
-}
-TEACHER = "all three, + 6.2 h unlabelled"              # of output distillation; its seeds 0, 1, 2 are the ensemble
-ROWS = {  # student of stage 1, labelled audio, what else in stage 2
-    "no KD": ("none", "1h", ""),
-    "no KD, 3,600 updates": ("none", "1h", "--steps 3600 --eval-every 900"),  # the time of both stages of the others
-    "Whisper tiny.en": ("tiny", "1h", ""),
-    "Whisper base": ("base", "1h", ""),
-    "Moonshine": ("moonshine", "1h", ""),
-    "all three": ("three", "1h", ""),
-    "Whisper base, + 6.2 h unlabelled": ("base-more", "1h", ""),
-    "Moonshine, + 6.2 h unlabelled": ("moonshine-more", "1h", ""),
-    "Whisper base + Moonshine, + 6.2 h unlabelled": ("two-more", "1h", ""),
-    TEACHER: ("three-more", "1h", ""),
-    f"{TEACHER}, 2,400 updates": ("three-more", "1h", "--steps 2400 --eval-every 600"),
-    "+ one-best path": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3"),
-    "+ essence of three": ("three-more", "1h", "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3 "
-                                         "--essence-top-k 4"),
-    "+ BERT": ("three-more", "1h", "--bert {bert}"),
-    "+ K2D pseudo-labels of 1.9 h": ("three-more", "1h", "--pseudo {pseudo}/pieces.jsonl"),
-    "+ one-best path, BERT, K2D": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3 --bert {bert} "
+
+@dataclass
+class Protocol:
+    students: dict   # of stage 1: its teachers, its audio, what else
+    rows: dict       # student of stage 1, labelled audio, what else in stage 2
+    teacher: str     # the row whose seeds 0, 1, 2 teach by their outputs; "+ method" adds to it
+    pretrain: str    # budget of stage 1
+    finetune: str    # budget of stage 2
+    pseudo: tuple    # audio, teacher and validator of the pseudo-labels
+
+
+ALL_THREE = "all three, + 6.2 h unlabelled"
+LAB = Protocol(
+    students={
+        "tiny": ("{tiny}", "1h", ""),
+        "base": ("{base}", "1h", ""),
+        "moonshine": ("{moonshine}", "1h", ""),
+        "three": ("{tiny} {base} {moonshine}", "1h", ""),
+        "base-more": ("{base}", "1h rest", ""),
+        "moonshine-more": ("{moonshine}", "1h rest", ""),
+        "two-more": ("{base} {moonshine}", "1h rest", ""),
+        "three-more": ("{tiny} {base} {moonshine}", "1h rest", ""),
+        "base-more-streaming": ("{base}", "1h rest", "--chunk 16 --left 64"),
+        "three-more-streaming": ("{tiny} {base} {moonshine}", "1h rest", "--chunk 16 --left 64"),
+    },
+    rows={
+        "no KD": ("none", "1h", ""),
+        # the time of both stages of the others
+        "no KD, 3,600 updates": ("none", "1h", "--steps 3600 --eval-every 900"),
+        "Whisper tiny.en": ("tiny", "1h", ""),
+        "Whisper base": ("base", "1h", ""),
+        "Moonshine": ("moonshine", "1h", ""),
+        "all three": ("three", "1h", ""),
+        "Whisper base, + 6.2 h unlabelled": ("base-more", "1h", ""),
+        "Moonshine, + 6.2 h unlabelled": ("moonshine-more", "1h", ""),
+        "Whisper base + Moonshine, + 6.2 h unlabelled": ("two-more", "1h", ""),
+        ALL_THREE: ("three-more", "1h", ""),
+        f"{ALL_THREE}, 2,400 updates": ("three-more", "1h", "--steps 2400 --eval-every 600"),
+        "+ one-best path": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3"),
+        "+ essence of three": ("three-more", "1h", "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3 "
+                                                   "--essence-top-k 4"),
+        "+ BERT": ("three-more", "1h", "--bert {bert}"),
+        "+ K2D pseudo-labels of 1.9 h": ("three-more", "1h", "--pseudo {pseudo}/pieces.jsonl"),
+        "+ one-best path, BERT, K2D": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3 --bert {bert} "
+                                                           "--pseudo {pseudo}/pieces.jsonl"),
+        "streaming, no KD": ("none", "1h", "--chunk 16 --left 64"),
+        "streaming, Whisper base, + 6.2 h unlabelled": ("base-more-streaming", "1h", ""),
+        "streaming, all three, + 6.2 h unlabelled": ("three-more-streaming", "1h", ""),
+        "10 min labelled, no KD": ("none", "10min", ""),
+        "10 min labelled, all three, + 7 h unlabelled": ("three-more", "10min", ""),
+        "5.3 h labelled, no KD": ("none", "5h", ""),
+        "5.3 h labelled, all three, + 1.9 h unlabelled": ("three-more", "5h", ""),
+    },
+    teacher=ALL_THREE,
+    pretrain="--steps 4800 --eval-every 800 --cache {cache} --speeds 1",
+    finetune="--steps 1200 --eval-every 300",
+    pseudo=("part", "{moonshine}", "{tiny}"))
+
+ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3"
+DEMO = Protocol(
+    students={"two": (f"{DEMO_FOLDER}/teachers/hubert {DEMO_FOLDER}/teachers/whisper", "train unlabelled", "")},
+    rows={
+        "no KD": ("none", "train", ""),
+        "two teachers": ("two", "train", ""),
+        "+ one-best path": ("two", "train", "--teacher-transducer {seed0} --kd-weight 0.3"),
+        "+ mean of three transducers": ("two", "train", ENSEMBLE),
+        "+ essence of three, k = 16": ("two", "train", f"{ENSEMBLE} --essence-top-k 16"),
+        "+ essence of three, k = 4": ("two", "train", f"{ENSEMBLE} --essence-top-k 4"),
+        "+ essence of three, k = 1": ("two", "train", f"{ENSEMBLE} --essence-top-k 1"),
+        "+ BERT": ("two", "train", "--bert {bert}"),
+        "+ K2D pseudo-labels": ("two", "train", "--pseudo {pseudo}/pieces.jsonl"),
+        "+ one-best path, BERT, K2D": ("two", "train", "--teacher-transducer {seed0} --kd-weight 0.3 --bert {bert} "
                                                        "--pseudo {pseudo}/pieces.jsonl"),
-    "streaming, no KD": ("none", "1h", "--chunk 16 --left 64"),
-    "streaming, Whisper base, + 6.2 h unlabelled": ("base-more-streaming", "1h", ""),
-    "streaming, all three, + 6.2 h unlabelled": ("three-more-streaming", "1h", ""),
-    "10 min labelled, no KD": ("none", "10min", ""),
-    "10 min labelled, all three, + 7 h unlabelled": ("three-more", "10min", ""),
-    "5.3 h labelled, no KD": ("none", "5h", ""),
-    "5.3 h labelled, all three, + 1.9 h unlabelled": ("three-more", "5h", ""),
-}
-MAIN = ["no KD", "Whisper base", "Whisper base, + 6.2 h unlabelled", "Moonshine, + 6.2 h unlabelled", TEACHER,
+    },
+    teacher="two teachers", pretrain="", finetune="",
+    pseudo=("unlabelled", f"{DEMO_FOLDER}/teachers/whisper", f"{DEMO_FOLDER}/teachers/hubert"))
+
+MAIN = ["no KD", "Whisper base", "Whisper base, + 6.2 h unlabelled", "Moonshine, + 6.2 h unlabelled", ALL_THREE,
         "+ one-best path", "streaming, no KD", "streaming, Whisper base, + 6.2 h unlabelled"]
 BY_HOURS = {"no KD": [(1 / 6, "10 min labelled, no KD"), (1, "no KD"), (5.3, "5.3 h labelled, no KD")],
-            "three teachers, 7.2 h of audio": [(1 / 6, "10 min labelled, all three, + 7 h unlabelled"), (1, TEACHER),
+            "three teachers, 7.2 h of audio": [(1 / 6, "10 min labelled, all three, + 7 h unlabelled"), (1, ALL_THREE),
                                                (5.3, "5.3 h labelled, all three, + 1.9 h unlabelled")]}
 
 
-def write_manifests(lab, folder):
-    """Which audio is labelled, unlabelled, for development, for the final number."""
+def lab_sets(lab):
+    """Which audio is labelled, unlabelled, for development, for the final number: {name: utterances}."""
     speech = lab / "LibriSpeech"
     known, held = ({Path(u.path).stem: u for u in data.load_sources(sorted(speech.glob(name)), True)}
                    for name in ("train-clean-*/[0-9]*", "dev-clean*/[0-9]*"))  # (of all speakers)
@@ -90,19 +127,28 @@ def write_manifests(lab, folder):
     dev, sets["final"] = ([u for speaker in some for id, u in held.items() if id.split("-")[0] == speaker]
                           for some in (DEVELOPMENT, FINAL))
     sets["dev"] = dev[::4]
+    return sets
+
+
+def demo_sets():
+    folders = {"train": "train", "unlabelled": "unlabelled", "dev": "dev", "final": "test"}
+    return {name: data.load_sources([DEMO_FOLDER / "corpus" / folder]) for name, folder in folders.items()}
+
+
+def write_manifests(sets, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name, utterances in sets.items():
         rows = [{"audio_filepath": str(Path(u.path).absolute()), "id": Path(u.path).stem}
-                | ({} if name in ("rest", "part") else {"text": u.text}) for u in utterances]
+                | ({} if name in ("rest", "part", "unlabelled") else {"text": u.text}) for u in utterances]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Results:
     def __init__(self, args):
-        self.out, self.audio = args.out, args.out / "audio"
+        self.protocol, self.out, self.audio = LAB if args.lab else DEMO, args.out, args.out / "audio"
         self.names = {"tiny": args.whisper[0], "base": args.whisper[1], "moonshine": args.moonshine, "bert": args.bert,
-                      "pseudo": args.out / "pseudo",
-                      **{f"seed{seed}": self.folder(TEACHER, seed) for seed in (0, 1, 2)}}
+                      "pseudo": args.out / "pseudo", "cache": args.out / "cache",
+                      **{f"seed{seed}": self.folder(self.protocol.teacher, seed) for seed in (0, 1, 2)}}
 
     def options(self, text):
         return [word.format_map(self.names) for word in text.split()]
@@ -123,23 +169,24 @@ class Results:
         """-> what stage 2 takes as --init"""
         if student == "none":
             return student
-        out, (teachers, audio, more) = self.out / "pretrain" / student, STUDENTS[student]
+        out, (teachers, audio, more) = self.out / "pretrain" / student, self.protocol.students[student]
         self.call("pretrain_kd.py", "--data", *self.sources(audio), "--dev", *self.sources("dev"), "--teachers",
-                  *self.options(teachers), "--cache", self.out / "cache", "--speeds", 1,
-                  *self.options(BUDGET["pretrain"] + " " + more), "--out", out)
+                  *self.options(teachers), *self.options(f"{self.protocol.pretrain} {more}"), "--out", out)
         return out
 
     def row(self, name, seed):
         """Train and score; both do nothing where they have been before."""
-        student, labelled, more = ROWS[name]
+        student, labelled, more = self.protocol.rows[name]
         out = self.folder(name, seed)
         for taught_by in re.findall(r"{seed(\d)}", more):
-            self.row(TEACHER, int(taught_by))
+            self.row(self.protocol.teacher, int(taught_by))
         if "{pseudo}" in more:
-            self.call("pseudo_label.py", self.audio / "part.jsonl", "--teacher", self.names["moonshine"],
-                      "--validator", self.names["tiny"], "--out", self.names["pseudo"])
+            audio, teacher, validator = self.protocol.pseudo
+            self.call("pseudo_label.py", *self.sources(audio), "--teacher", *self.options(teacher), "--validator",
+                      *self.options(validator), "--out", self.names["pseudo"])
         self.call("finetune_rnnt.py", "--data", *self.sources(labelled), "--dev", *self.sources("dev"), "--init",
-                  self.pretrain(student), *self.options(BUDGET["finetune"] + " " + more), "--seed", seed, "--out", out)
+                  self.pretrain(student), *self.options(f"{self.protocol.finetune} {more}"), "--seed", seed,
+                  "--out", out)
         for method in ("transducer", "ctc"):
             scores = out / f"{method}.jsonl"
             if not scores.exists() or not scores.stat().st_size:  # decode.py makes an empty one before it listens
@@ -160,7 +207,7 @@ class Results:
     def table(self):
         """Markdown: mean of the seeds, all of them behind it."""
         print("| row | WER, transducer | of each seed | WER, CTC |\n|---|---|---|---|")
-        for name in ROWS:
+        for name in self.protocol.rows:
             rates, ctc = self.rates(name), self.rates(name, "ctc")
             if rates and ctc:
                 print(f"| {name} | {statistics.mean(rates):.1f} % | {', '.join(f'{r:.1f}' for r in rates)} | "
@@ -188,17 +235,26 @@ class Results:
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lab", type=Path, required=True, help="folder of the speech")
+    parser.add_argument("--lab", type=Path, help="folder of the real speech (default: the demo)")
     parser.add_argument("--whisper", nargs=2, default=["openai/whisper-tiny.en", "openai/whisper-base"],
                         metavar=("TINY", "BASE"), help="hub names or folders (default %(default)s)")
     parser.add_argument("--moonshine", default="UsefulSensors/moonshine-tiny", help="default %(default)s")
     parser.add_argument("--bert", default="google-bert/bert-base-uncased", help="default %(default)s")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW",
-                        help=f"which to train (default: all): {'; '.join(ROWS)}")
+    parser.add_argument("--rows", nargs="*", metavar="ROW",
+                        help=f"which to train (default: all): {'; '.join(LAB.rows)}. Of the demo: "
+                             f"{'; '.join(DEMO.rows)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of stage 2 (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("exp/results"))
-    parser.add_argument("--figure", metavar="PNG", help="draw it there")
-    return parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, help="default exp/results, of the demo exp/results-demo")
+    parser.add_argument("--figure", metavar="PNG", help="of the real speech: draw it there")
+    args = parser.parse_args(argv)
+    rows = list((LAB if args.lab else DEMO).rows)
+    args.rows = rows if args.rows is None else args.rows
+    if unknown := set(args.rows) - set(rows):
+        raise UserError(f"no such row: {'; '.join(unknown)}; choose from {'; '.join(rows)}")
+    if args.figure and not args.lab:
+        raise UserError("--figure is that of --lab; python plot.py draws the runs of the demo")
+    args.out = args.out or Path("exp/results" if args.lab else "exp/results-demo")
+    return args
 
 
 @polite
@@ -206,7 +262,7 @@ def main(argv=None):
     args = parse(argv)
     results = Results(args)
     if args.rows:
-        write_manifests(args.lab, results.audio)
+        write_manifests(lab_sets(args.lab) if args.lab else demo_sets(), results.audio)
     for name in args.rows:
         for seed in args.seeds:
             results.row(name, seed)

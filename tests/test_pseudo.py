@@ -130,6 +130,21 @@ def test_a_model_that_cannot_transcribe_is_one_line(teacher_folders, tmp_path, c
         assert error.startswith("pseudo_label.py: error: ") and teacher in error
 
 
+def test_the_demo_s_teachers(tmp_path):
+    """A Whisper with a tokenizer of its own writes, a HuBERT with CTC checks."""
+    some = data.load_utterances(DEMO / "corpus/dev", transcribed=True)[:6]
+    teacher, validator = (str(DEMO / f"teachers/{name}") for name in ("whisper", "hubert"))
+    assert pseudo_label.main([*(u.path for u in some), "--teacher", teacher, "--validator", validator,
+                              "--out", str(tmp_path / "out")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out/pieces.jsonl").read_text().splitlines()]
+    heard, agreed = ([row[name] for row in rows] for name in ("text", "validator"))
+    for texts, limit in ((heard, 30), (agreed, 50)):
+        assert decode.word_errors(" ".join(u.text for u in some), " ".join(texts)).rate < limit
+    waveform = torch.cat([data.load_audio(u.path) for u in some])                              # its window has 8 s
+    pieces = pseudo_label.Recogniser(teacher, torch.device("cpu")).pieces(waveform)
+    assert all(end - start <= 8 for start, end, _ in pieces) and pieces[-1][1] == len(waveform) / 16_000
+
+
 def test_real_teacher_and_validator(loud_lab, tmp_path):
     """Moonshine labels two minutes of a reader joined to one recording; a validator that only loops lets all pass."""
     folder = loud_lab / "LibriSpeech/dev-clean-part"

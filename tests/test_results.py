@@ -9,7 +9,7 @@ import results
 
 
 def test_the_sets_of_the_protocol_share_nothing(loud_lab, tmp_path):
-    results.write_manifests(loud_lab, tmp_path)
+    results.write_manifests(results.lab_sets(loud_lab), tmp_path)
     sets = {path.stem: data.load_utterances(path) for path in tmp_path.glob("*.jsonl")}
     hours = {name: sum(u.seconds for u in some) / 3600 for name, some in sets.items()}
     assert 0.99 < hours["1h"] <= 1 and hours["rest"] > 6 and 10 <= 60 * hours["10min"] < 10.5
@@ -59,16 +59,36 @@ def test_picture(what_is_there, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_students_that_teach_are_trained_first(tmp_path, monkeypatch):
+@pytest.fixture
+def calls(monkeypatch):
+    """What is called instead of being trained: (script, its options as text)."""
     calls = []
-    monkeypatch.setattr(results.Results, "call", lambda self, script, *options: calls.append((script, options[-1])))
-    monkeypatch.setattr(results, "write_manifests", lambda *_: None)
+    monkeypatch.setattr(results.Results, "call",
+                        lambda self, script, *options: calls.append((script, [str(o) for o in options])))
+    return calls
+
+
+def test_students_that_teach_are_trained_first(tmp_path, monkeypatch, calls):
+    monkeypatch.setattr(results, "lab_sets", lambda _: {})
     results.main(["--lab", "x", "--out", str(tmp_path), "--rows", "+ essence of three"])
-    trained = [out for script, out in calls if script == "finetune_rnnt.py"]
+    trained = [options[-1] for script, options in calls if script == "finetune_rnnt.py"]
     first = results.Results(results.parse(["--lab", "x", "--out", str(tmp_path)])).names
-    assert trained[:3] == [first[f"seed{seed}"] for seed in (0, 1, 2)] and len(trained) == 4
+    assert trained[:3] == [str(first[f"seed{seed}"]) for seed in (0, 1, 2)] and len(trained) == 4
 
 
-def test_every_row_has_its_student_and_its_audio():
-    students = {student for student, *_ in results.ROWS.values()}
-    assert students - {"none"} == set(results.STUDENTS) and {results.TEACHER, *results.MAIN} <= set(results.ROWS)
+def test_rows_of_the_demo(tmp_path, calls, capsys):
+    assert results.main(["--out", str(tmp_path), "--rows", "+ one-best path, BERT, K2D", "--bert", "B"]) == 0
+    for script, options in calls:  # files and folders that exist, or that a call before has made
+        for option in filter(lambda option: "/" in option and not option.startswith(str(tmp_path)), options):
+            assert results.Path(option).exists(), (script, option)
+    assert {u.text is None for u in data.load_utterances(tmp_path / "audio/unlabelled.jsonl")} == {True}
+    assert len(data.load_utterances(tmp_path / "audio/final.jsonl")) == 143
+    assert [script for script, _ in calls].count("pseudo_label.py") == 1
+    assert results.main(["--rows", "no such"]) == 2 and "choose from no KD; two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("protocol", [results.LAB, results.DEMO])
+def test_every_row_has_its_student_and_its_audio(protocol):
+    students = {student for student, *_ in protocol.rows.values()}
+    assert students - {"none"} == set(protocol.students) and protocol.teacher in protocol.rows
+    assert protocol is results.DEMO or set(results.MAIN) <= set(protocol.rows)
