@@ -232,12 +232,11 @@ class JoinerArcs(torch.autograd.Function):
     def backward(ctx, d_blanks, d_labels):
         hidden, predicted, targets, T, U1, *learned = ctx.saved_tensors
         gradients = [torch.zeros_like(x) for x in (hidden, predicted, *learned)]
-        visits = (d_blanks + d_labels).abs()                                                   # posterior of each node
+        first, last = visited_labels((d_blanks + d_labels).abs())
         with same_conditions(hidden.device, *ctx.autocast, ctx.seed):
             for b, t, u in blocks(T, U1, ctx.V, hidden.device):
-                if ctx.repeatable:  # node (0, 0) lies on every path
-                    visited = (visits[b, t].amax(0) > 1e-8 * visits[b, 0, 0]).nonzero()
-                    u = slice(int(visited[0]), int(visited[-1]) + 1) if len(visited) else slice(0)
+                if ctx.repeatable:
+                    u = slice(first[b, t].min(), last[b, t].max())
                 h, g = (x.detach().requires_grad_() for x in (hidden[b:b + 1, t], predicted[b:b + 1, u]))
                 with torch.enable_grad():
                     [logits] = ctx.joiner(h, g)
@@ -247,6 +246,14 @@ class JoinerArcs(torch.autograd.Function):
                 for whole, part in zip((gradients[0][b:b + 1, t], gradients[1][b:b + 1, u], *gradients[2:]), parts):
                     whole += part
         return None, None, *gradients[:2], None, None, None, None, *gradients[2:]
+
+
+def visited_labels(posterior):
+    """Posterior of the nodes (B, T, U+1) -> first visited label of each frame and the one behind the last, (B, T) each
+    and on the CPU, so that a GPU is asked only once. Node (0, 0), which lies on every path, is the measure."""
+    visited = posterior > 1e-8 * posterior[:, :1, :1]
+    u = torch.arange(visited.shape[2], device=visited.device)
+    return u.where(visited, len(u)).amin(2).cpu(), (u + 1).where(visited, 0).amax(2).cpu()
 
 
 @contextlib.contextmanager
