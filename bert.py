@@ -12,7 +12,6 @@
 head is shared too, but for self-conditioned layers. Nothing of this is in the exported student, it is as large and as
 fast as without; only --self-condition stays, 2 x width x vocabulary a layer.
 """
-import os
 import re
 
 import torch
@@ -26,7 +25,7 @@ from tqdm import tqdm
 import data
 from losses import ctc_loss, valid_mask
 from model import load_checkpoint, save_checkpoint
-from run import UserError
+from run import UserError, everyone
 
 TOP, TEMPERATURE = 8, 3.0
 
@@ -64,18 +63,20 @@ def soft_labels(tokenizer, bert, text):
     return tokens, torch.cat([ids, end[0]]), torch.cat([(top / TEMPERATURE).softmax(-1), end[1]])
 
 
-def label_texts(name, texts, folder, device):
-    """Soft labels of all texts, computed once and kept in `folder`. -> {text: what soft_labels gives}"""
+def label_texts(name, texts, folder, device, rank=0, world=1):
+    """Soft labels of all texts, computed once, by every process a part, and kept in `folder`. -> {text: what
+    soft_labels gives}"""
     path = folder / f"soft-labels-{re.sub('[^a-zA-Z0-9]+', '-', name)}.pt"
     known = load_checkpoint(path)["labels"] if path.exists() else {}
     missing = sorted({text for text in texts if text is not None} - known.keys())
     if missing:
         tokenizer, bert = load_bert(name, device)
-        for text in tqdm(missing, desc="BERT", unit="text"):
-            known[text] = soft_labels(tokenizer, bert, text)
-        whole = path.with_suffix(f".{os.getpid()}")  # every process makes its own: the last one stays, all are alike
-        save_checkpoint(whole, labels=known)
-        whole.replace(path)
+        mine = {text: soft_labels(tokenizer, bert, text)
+                for text in tqdm(missing[rank::world], desc="BERT", unit="text", disable=rank > 0)}
+        for part in everyone(mine):
+            known |= part
+        if rank == 0:
+            save_checkpoint(path, labels=known)
     return known
 
 

@@ -225,7 +225,7 @@ def main(argv=None):
         f"{args.predictor} predictor")
     tutor = None
     if args.bert:
-        labels = bert.label_texts(args.bert, [u.text for u in train_set], args.out, device)
+        labels = bert.label_texts(args.bert, [u.text for u in train_set], args.out, device, rank, world)
         tutor = bert.Tutor(student, labels, args.inter_layers, args.bert_lambda)
         size = sum(p.numel() for p in student.auxiliary.parameters())
         say(f"{args.bert} teaches through a decoder of {size / 1e6:.1f} M parameters that is not exported")

@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import bert
 import data
 import model
 import pretrain_kd
 import run
 import training
 from conftest import DEMO, ROOT
+from test_bert import save_bert
 from test_faults import child, finish, log_of, same, start, tiny_run
 
 
@@ -178,6 +180,27 @@ def test_machines_that_do_not_share_the_cache_are_told(tmp_path, teacher_folders
     (tmp_path / "few.jsonl").write_text("\n".join(rows))
     done = together(a_cache_for_each, tmp_path, teacher_folders["hubert"])
     assert all(code == 2 and "is not one folder for all processes" in said for code, said in done), done
+
+
+def labels_of_bert(folder, name):
+    rank, world = run.start_processes(torch.device("cpu"))
+    texts = [None, *"the cat sat on a mat".split(), "a cat"]
+    labels = bert.label_texts(name, texts, folder, "cpu", rank, world)
+    dist.barrier()
+    by_hand, bert.soft_labels = bert.soft_labels, None                                         # kept: never again
+    again = bert.label_texts(name, texts, folder, "cpu", rank, world)
+    one, lm = bert.load_bert(name, "cpu")
+    assert set(labels) == set(again) == set(texts[1:])
+    for text in labels:
+        for a, b, c in zip(labels[text], again[text], by_hand(one, lm, text)):
+            assert torch.equal(a, b) and torch.allclose(a, c)
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_work_of_bert(tmp_path):
+    done = together(labels_of_bert, tmp_path, save_bert(tmp_path / "bert"))
+    assert [code for code, _ in done] == [0, 0], done
+    assert [said.count("BERT: ") > 0 for _, said in done] == [True, False]
 
 
 def test_gradients_of_two_processes_are_those_of_one_large_batch():
