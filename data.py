@@ -65,7 +65,8 @@ def load_utterances(source, transcribed=False, skipped=None):
         if skipped is None:
             raise
         utterances, problems = [], [str(error)]
-    report(problems, f"of {len(utterances) + len(problems)} utterances in {source}")
+    report(problems, f"of {len(utterances) + len(problems)} utterances in {source}: python data.py check {source} "
+                     f"names them all")
     if skipped is not None:
         skipped += problems
     elif not utterances:
@@ -155,12 +156,11 @@ def open_audio(path):
 
 
 def report(problems, where):
-    """What was left out, on stderr: the first few by name, the rest as a number."""
+    """What was left out, on stderr: the first few by name, and all as a number."""
     for problem in problems[:5]:
         print(f"skipped: {problem}", file=sys.stderr)
     if len(problems) > 1:
-        print(f"skipped {len(problems)} {where}" + ": python data.py check PATH names them all" * (len(problems) > 5),
-              file=sys.stderr)
+        print(f"skipped {len(problems)} {where}", file=sys.stderr)
 
 
 def load_sources(sources, transcribed=False, skipped=None):
@@ -168,8 +168,8 @@ def load_sources(sources, transcribed=False, skipped=None):
     by_id, paths = {}, set()
     for source in sources:
         for u in load_utterances(source, transcribed, skipped):
-            if u.path not in paths:
-                paths.add(u.path)
+            if (path := os.path.abspath(u.path)) not in paths:
+                paths.add(path)
                 by_id[u.id if u.id not in by_id else u.path] = u
     return [replace(u, id=id) for id, u in by_id.items()]
 
@@ -188,24 +188,28 @@ def add_source_options(parser):
 def load_training_data(args, say, transcribed=False):
     """What the options above name (nothing: the demo). -> (training utterances, development utterances)"""
     sources, unlabelled, dev_sources = args.data or [], args.unlabelled or [], args.dev
-    pseudo = [replace(u, weight=args.pseudo_weight) for u in load_sources(args.pseudo, True)] if transcribed else []
+    load = lambda *what: [replace(u, path=os.path.abspath(u.path)) for u in load_sources(*what)]
+    pseudo = [replace(u, weight=args.pseudo_weight) for u in load(args.pseudo, True)] if transcribed else []
     if not sources and not pseudo and (transcribed or not unlabelled):
         sources = [DEMO / "corpus/train"]
         unlabelled = unlabelled or [DEMO / "corpus/unlabelled"] * (not transcribed)
         dev_sources = args.dev or [DEMO / "corpus/dev"]
-    train = load_sources(sources if transcribed else [*sources, *unlabelled], transcribed)
+    train = load(sources if transcribed else [*sources, *unlabelled], transcribed)
+    untold = [replace(u, text=None) for u in load(unlabelled)] if transcribed else []  # whatever is beside them
+    slow, most = 1 / min(args.speeds), min(LONGEST, args.batch_seconds)
+    fits = lambda u: u.seconds * slow <= most
+    report([f"{u.path}: {u.seconds * slow:.0f} s at the slowest of --speeds, too long for --batch-seconds {most:g}"
+            for u in train + pseudo + untold if not fits(u)], "training utterances: too long")
+    train, pseudo, untold = ([u for u in some if fits(u)] for some in (train, pseudo, untold))
     some = train or pseudo  # what a model wrote is no measure where there is better
     order = torch.randperm(len(some), generator=torch.Generator().manual_seed(0)).tolist()
     held = [some[i] for i in sorted(order[:min(200, math.ceil(len(some) / 20))])]
-    dev = {u.path: u for u in (load_sources(dev_sources, transcribed) if dev_sources else held)}
-    train, dev = [u for u in train + pseudo if u.path not in dev], [*dev.values()]
-    if transcribed and unlabelled:  # whatever is written beside them: it is not to be read
-        known = {u.path for u in train + dev}
-        train += [replace(u, text=None) for u in load_sources(unlabelled) if u.path not in known]
-    slow, most = 1 / min(args.speeds), min(LONGEST, args.batch_seconds)
-    report([f"{u.path}: {u.seconds * slow:.0f} s at the slowest of --speeds, too long for --batch-seconds {most:g}"
-            for u in train if u.seconds * slow > most], "training utterances: too long")
-    train = [u for u in train if u.seconds * slow <= most]
+    dev = {u.path: u for u in (load(dev_sources, transcribed) if dev_sources else held)}
+    train = [u for u in train + pseudo if u.path not in dev]
+    train += [u for u in untold if u.path not in dev.keys() | {u.path for u in train}]
+    report([f"{u.path}: {u.seconds:.0f} s, cut it up" for u in dev.values() if u.seconds > LONGEST],
+           "development utterances: too long")
+    dev = [u for u in dev.values() if u.seconds <= LONGEST]
     if not train or not dev:
         raise UserError(f"{len(train)} utterances are left to train on and {len(dev)} to evaluate on; give more "
                         f"--data, --dev, or larger --batch-seconds")

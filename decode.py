@@ -3,8 +3,8 @@
     python decode.py                              # score the demo's test voices with exp/finetune: seconds
     python decode.py talk.wav interview.mp3       # transcribe files of any length
     python decode.py talk.wav --output talk.srt   # or .vtt, .ctm, .jsonl with the words' times, .txt
-    python decode.py --stream talk.wav            # a streaming student, as it hears
-    arecord -q -t raw -f S16_LE -r 16000 | python decode.py --stream -                      # the microphone
+    python decode.py --checkpoint exp/finetune-stream --stream talk.wav                     # as it hears
+    arecord -q -t raw -f S16_LE -r 16000 | python decode.py --checkpoint exp/finetune-stream --stream -
     python decode.py --data LibriSpeech/test-clean --checkpoint exp/finetune-100h --beam 8 --lm books.txt
 
 Both sides of a score are normalised alike (Unicode NFKC, upper case, no punctuation but the apostrophe); words are
@@ -417,6 +417,8 @@ def parse(argv):
         raise UserError("--workers and --chunk must not be negative and --batch-seconds must be above 0")
     if args.beam is not None and (args.beam < 1 or args.method == "ctc" or args.stream):
         raise UserError("--beam must be above 0 and goes with the transducer and without --stream, whose text is final")
+    if args.stream and args.output or args.plot and not args.audio:
+        raise UserError("--output and --plot are for AUDIO; --stream prints, so > FILE keeps its text")
     if args.lm and not args.beam:
         raise UserError("--lm needs a beam search; add --beam 8")
     kinds = [".jsonl", ".txt", ".srt", ".vtt", ".ctm"] if args.audio else [".jsonl"]

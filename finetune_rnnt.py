@@ -9,6 +9,7 @@
     python finetune_rnnt.py --teacher-transducer exp/a exp/b --out exp/taught       # trained transducers teach it too
 
     L = L_transducer + c * L_CTC                                  # Graves 2012 (arXiv 1211.3711) and 2006
+        + 0.5 * L_simple                                          # --loss pruned: losses.py
         + lambda * L_KD                                           # --teacher-transducer: losses.py, "stage 2"
         + w * L_AED                                               # --bert: bert.py
 """
@@ -16,6 +17,7 @@ import argparse
 import statistics
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +54,8 @@ def stage2_loss(student, batch, args, teachers=(), tutor=None):
         parts["transducer"] = total(loss)
     parts["ctc"] = total(losses.ctc_loss(student.ctc(hidden), *labels))
     if teachers:
-        parts["kd"], _ = losses.path_distillation_loss(student.joiner, hidden, predicted, nodes, soft_labels, lengths,
-                                                       args.kd_temperature, args.kd_shift)
+        parts["kd"] = losses.path_distillation_loss(student.joiner, hidden, predicted, nodes, soft_labels, lengths,
+                                                    args.kd_temperature, args.kd_shift)
     if tutor:
         parts |= tutor(student, hidden, lengths, batch)
     weights = {"transducer": 1.0, "simple": 0.5, "ctc": args.ctc_weight, "ctc of layers": args.ctc_weight,
@@ -133,7 +135,8 @@ def parse(argv):
     group.add_argument("--pseudo", nargs="+", metavar="MANIFEST", default=[],
                        help="audio with labels that a model gave it, from pseudo_label.py")
     group.add_argument("--pseudo-weight", type=float, default=0.8,
-                       help="of their loss, where true labels have 1 (default %(default)s)")
+                       help="of their transducer and CTC losses, where true labels have 1; what other teachers say of "
+                       "them is not weighed (default %(default)s)")
     group = parser.add_argument_group("student")
     group.add_argument("--init", default="exp/pretrain",
                        help="run directory or checkpoint of stage 1, or 'none' (default %(default)s)")
@@ -188,6 +191,9 @@ def parse(argv):
     essence = args.essence_top_k or args.essence_mass or args.essence_drop
     if not args.teacher_transducer and (args.unlabelled or essence):
         raise UserError("--unlabelled and --essence-... need a --teacher-transducer")
+    for path in map(Path, (args.init, *args.teacher_transducer)):
+        if path.exists() and (path if path.is_dir() else path.parent).resolve() == args.out.resolve():
+            raise UserError(f"--out {args.out} holds what this run starts from or is taught by; choose another --out")
     if args.self_condition and not args.bert:
         raise UserError("--self-condition needs --bert, whose loss teaches the layers to write")
     return args
@@ -237,7 +243,8 @@ def main(argv=None):
 
     def before_step(step, spent):
         frozen = spent < 0.1 and args.init != "none" if args.freeze_steps is None else step < args.freeze_steps
-        student.encoder.requires_grad_(not frozen)
+        for name, p in student.encoder.named_parameters():
+            p.requires_grad_(not frozen or ".condition." in name)
 
     def evaluate(student):
         references = {u.id: u.text for u in dev_set}
@@ -254,8 +261,9 @@ def main(argv=None):
         return {"dev WER": totals["transducer"].rate, "dev WER of CTC": totals["ctc"].rate}, totals["transducer"].rate
 
     extra = {"config": student.config, "stage": 2, "tokenizer": tokenizer.to_str(), "init": str(args.init), **origin}
-    code = training.train(this, student, loader, lambda batch: stage2_loss(student, batch, args, teachers, tutor),
-                          evaluate, optimizer, extra, device, dtype, rank, world, before_step, model.exported)
+    code = training.Training(this, student, loader, lambda batch: stage2_loss(student, batch, args, teachers, tutor),
+                             evaluate, optimizer, extra, device, dtype, rank, world, before_step,
+                             model.exported).loop()
     if code == 0:
         say(f"next: python decode.py --checkpoint {args.out}")
     return code

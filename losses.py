@@ -44,7 +44,7 @@ def distillation_loss(prediction, target, lengths, kind="l1"):
     """Stage 1: sum over valid frames of mean over dims |p - e| (arXiv 2303.10917), or of another of DISTANCES; divide
     by the frame count for the mean.
 
-    prediction (B, T, D), target (B, T', D) of a teacher, lengths (B,) valid frames -> (loss, count of frames).
+    prediction (B, T, D), target (B, T', D) of a teacher, lengths (B,) valid frames -> loss.
     Two clocks may differ by a frame or two at the end: both are cut to the shorter; more than two is an alignment
     error.
     """
@@ -54,7 +54,7 @@ def distillation_loss(prediction, target, lengths, kind="l1"):
     T = min(prediction.shape[1], target.shape[1])
     lengths = lengths.clamp(max=T)
     error = DISTANCES[kind](prediction[:, :T], target[:, :T])                          # (B, T)
-    return (error * valid_mask(lengths, T)).sum(), lengths.sum()
+    return (error * valid_mask(lengths, T)).sum()
 
 
 # ---------------------------------------------------------------------------- stage 2: CTC and three transducer losses
@@ -358,14 +358,14 @@ def path_distillation_loss(joiner, hidden, predicted, nodes, soft_labels, logit_
     """L_KD = sum over the path's nodes of - sum_k q_k log softmax(z / temperature)_k, z the student's logits at
     (t + shift, u): a streaming student emits later than its teacher.
 
-    hidden (B, T, d), predicted (B, U+1, P), nodes (t, u, exist) (B, N) each, soft labels q (B, N, V) -> (loss, nodes)
+    hidden (B, T, d), predicted (B, U+1, P), nodes (t, u, exist) (B, N) each, soft labels q (B, N, V) -> loss
     """
     (t, u, exist), row = nodes, torch.arange(len(hidden), device=hidden.device)[:, None]
     exist = exist & (t + shift < logit_lengths[:, None])
     z = joiner.join(joiner.encoder(hidden)[row, (t + shift).clamp(max=hidden.shape[1] - 1)],
                     joiner.predictor(predicted)[row, u]).float()                               # (B, N, V)
     cross_entropy = -(soft_labels * (z / temperature).log_softmax(-1)).sum(-1)
-    return cross_entropy.where(exist, 0).sum(), exist.sum()
+    return cross_entropy.where(exist, 0).sum()
 
 
 # ---------------------------------------------------------------------------- small print

@@ -32,7 +32,7 @@ import run as running
 import training
 from decode import Errors, word_errors
 from run import DEMO, UserError
-from teachers import Cache, Teacher, student_frames
+from teachers import Cache, Teacher, audio_key, student_frames
 
 PROBE_SECONDS = 480, 120                # of transcribed audio that a probe learns from and is scored on
 
@@ -60,7 +60,7 @@ def teacher_targets(teachers, batch, combine="heads", weights=None):
 def stage1_loss(student, batch, targets, weights, kinds):
     """L = sum_k w_k * mean |p_k - e_k|, or another kind -> (L times the student's frames, frames, mean of each head)"""
     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
-    parts = [losses.distillation_loss(head(hidden).float(), target, lengths, kind)[0] / lengths.sum()
+    parts = [losses.distillation_loss(head(hidden).float(), target, lengths, kind) / lengths.sum()
              for head, target, kind in zip(student.heads, targets, kinds)]
     return sum(w * part for w, part in zip(weights, parts)) * lengths.sum(), lengths.sum(), parts
 
@@ -73,7 +73,7 @@ def mean_losses(student, teachers, targets, loader):
         hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
         for k, (target, truth) in enumerate(zip(targets, teacher_targets(teachers, batch))):
             head = student.heads[min(k, len(student.heads) - 1)]
-            sums[k] += losses.distillation_loss(head(hidden), truth, lengths, target.loss)[0].item()
+            sums[k] += losses.distillation_loss(head(hidden), truth, lengths, target.loss).item()
         frames += lengths.sum().item()
     if not frames:
         raise UserError("none of the --dev audio can be read; python data.py check PATH says why")
@@ -182,6 +182,11 @@ def remember(args, teachers, train_set, dev_set, say, rank, world):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         caches = [Cache(folder, teacher, f"{teacher.title}-{','.join(teacher.layers)}", rank) for teacher in teachers]
+        paths = {}
+        for u, _ in everything:
+            if (other := paths.setdefault(audio_key(u), u.path)) != u.path:
+                raise UserError(f"--cache knows a file by the last four parts of its path and finds these twice: "
+                                f"{other} and {u.path}; rename a folder or train without --cache")
         missing = [(u, s) for u, s in everything if not all(cache.row(u, s) for cache in caches)]
         frames = lambda u, s: student_frames(round(u.seconds / s * data.SAMPLE_RATE))
         size = [sum(2 * cache.dim * frames(u, s) for u, s in missing if not cache.row(u, s)) / 1e9 for cache in caches]
@@ -333,11 +338,13 @@ def main(argv=None):
     caches = []
     if args.cache:
         caches, train_set, dev_set = remember(args, teachers, train_set, dev_set, say, rank, world)
-    heard = {"caches": caches} if caches else {"waveforms": True}
+    source = {"caches": caches} if caches else {"waveforms": True}
     loader = data.Loader(train_set, args.batch_seconds, augment=True, masks=args.spec_augment, speeds=args.speeds,
-                         workers=args.workers, seed=args.seed, rank=rank, world=world, **heard)
-    dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers, **heard)
-    standardise(teachers, data.Loader(train_set, args.batch_seconds, augment=True, seed=args.seed, **heard), this.state)
+                         workers=args.workers, seed=args.seed, rank=rank, world=world, **source)
+    dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers, **source)
+    plain = [1.0] if 1.0 in args.speeds else args.speeds
+    standardise(teachers, data.Loader(train_set, args.batch_seconds, augment=True, speeds=plain, seed=args.seed,
+                                      **source), this.state)
     heads = targets if args.combine == "heads" else [Target(args.combine, targets[0].width, 1.0, args.loss[0])]
     weights = [target.weight for target in targets]
 
@@ -360,7 +367,8 @@ def main(argv=None):
 
     extra = {"config": student.config, "stage": 1, "size": args.size,
              "teachers": [teacher.state() for teacher in teachers], "combine": args.combine}
-    code = training.train(this, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank, world)
+    code = training.Training(this, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank,
+                             world).loop()
     if code == 0:
         say(f"next: python finetune_rnnt.py --init {args.out}")
     return code

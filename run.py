@@ -132,7 +132,8 @@ def add_training_options(parser, out, steps, regularised):
     group.add_argument("--minutes", type=float, help="train for so long instead of for --steps")
     group.add_argument("--batch-seconds", type=seconds_or_auto, default=24.0,
                        help="seconds of audio a batch, padding included, per process; lower it if you run out of "
-                       "memory, 300-800 suits a large GPU; auto: the most that fits, on a CPU 36 (default %(default)s)")
+                       "memory, 300-800 suits a large GPU; longer utterances are left out; auto: the most that "
+                       "fits, on a CPU 36 (default %(default)s)")
     group.add_argument("--accumulate", type=int, default=1, help="batches per update: larger ones in the same memory")
     group.add_argument("--warmup", type=float, default=0.1,
                        help="share of the budget in which the learning rate rises (default %(default)s)")
@@ -194,13 +195,13 @@ class Run:
                          if k not in FREE_OPTIONS} | {"processes": str(world)}
         self.state, self.step, self.finished, last = None, 0, False, self.out / "last.pt"
         # torchrun --max-restarts gives the same command again, and there --overwrite has done its work
-        overwrite = args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        restarted, self.asked = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", self.out / "overwrite"
+        self.overwrite = args.overwrite and (not restarted or self.asked.exists())
         with self.writing():
             self.out.mkdir(parents=True, exist_ok=True)
-            for name in ("last.pt", "best.pt", "log.jsonl") if overwrite and rank == 0 else ():
-                (self.out / name).unlink(missing_ok=True)
-        everyone(None)  # nobody looks before that
-        if last.exists():
+            if self.overwrite and rank == 0:
+                self.asked.touch()
+        if last.exists() and not self.overwrite:
             self.state = load_checkpoint(last)
             if "progress" not in self.state:
                 raise UserError(f"{last} is not a training state; choose another --out or add --overwrite")
@@ -213,10 +214,17 @@ class Run:
                                 f"--out or add --overwrite")
         if len(set(everyone((self.step, self.finished)))) > 1:
             raise UserError(f"--out {self.out} is not the same folder on every machine; choose one that they share")
-        if rank == 0 and not self.finished:
+
+    def begin(self):
+        """Write here from now on. What --overwrite takes away goes only when all that a new run needs has been loaded.
+        """
+        if self.rank == 0:
             with self.writing():
                 for half_written in self.out.glob("*.pt.tmp"):
                     half_written.unlink()
+                for name in ("last.pt", "best.pt") if self.overwrite else ():
+                    (self.out / name).unlink(missing_ok=True)
+                self.asked.unlink(missing_ok=True)
                 self.cut_log()
                 (self.out / "command.txt").write_text(" ".join(sys.argv) + "\n")
 

@@ -49,8 +49,9 @@ class Muon(torch.optim.AdamW):
     def __init__(self, student, lr, encoder_lr=None):
         rest, encoder, matrices = [], [], []
         for name, p in student.named_parameters():
-            block = name.startswith("encoder.blocks.") and p.dim() == 2
-            (matrices if block else encoder if name.startswith("encoder.") else rest).append(p)
+            inherited = name.startswith("encoder.") and ".condition." not in name  # (from stage 1)
+            block = inherited and ".blocks." in name and p.dim() == 2
+            (matrices if block else encoder if inherited else rest).append(p)
         encoder_lr = encoder_lr or lr
         super().__init__([{"params": rest, "lr": lr, "muon": False},
                           {"params": encoder, "lr": encoder_lr, "muon": False},
@@ -107,6 +108,12 @@ def stop_signals():
             signal.signal(s, handler)
 
 
+def usable(batch):
+    if not batch.ids:
+        raise UserError(f"none of the training audio can be used any more ({batch.failed[0]})")
+    return batch
+
+
 class Training:
     """The loop of both stages.
 
@@ -146,8 +153,9 @@ class Training:
     def loop(self):
         """Train until the budget is spent. -> exit code"""
         args, progress = self.args, self.progress
+        self.run.begin()
         self.rehearse()
-        batches, before, started, heard = self.batches(), progress["seconds"], time.time(), 0.0
+        batches, before, started, audio = self.batches(), progress["seconds"], time.time(), 0.0
         bar = tqdm(total=round(self.budget), initial=int(progress[self.unit]), unit="s" if args.minutes else "step",
                    desc=self.run.out.name, disable=self.rank > 0, dynamic_ncols=True)
         with stop_signals() as signals, bar:
@@ -161,8 +169,8 @@ class Training:
                 # the largest of all processes: nobody waits for one that has left, all follow one clock
                 seconds, stop = before + time.time() - started, signals[0][1] if signals else 0
                 progress["seconds"], stop = map(max, zip(*everyone((seconds, stop))))
-                heard += self.world * sum(batch.seconds for batch, _ in self.heard)
-                self.tell(bar, heard / (time.time() - started))
+                audio += self.world * sum(batch.seconds for batch, _ in self.latest)
+                self.tell(bar, audio / (time.time() - started))
                 due = (progress["step"] % args.eval_every == 0 if args.eval_every else
                        int(10 * progress[self.unit] / self.budget) > int(10 * spent))
                 if due:
@@ -194,7 +202,7 @@ class Training:
             while not fits or grow and len(loader.batches(0)) > 1:
                 loader.batch_seconds *= 1.25 if fits else 1.0
                 for batch in loader.worst():
-                    self.forward_backward(batch)
+                    self.forward_backward(usable(batch))
                 fits = loader.batch_seconds
         except MemoryError:
             if not fits:
@@ -230,22 +238,20 @@ class Training:
                 for problem in sorted(set(batch.failed) - self.unreadable):
                     tqdm.write(f"skipped: {problem}", file=sys.stderr)
                 self.unreadable.update(batch.failed)
-                if not batch.ids:
-                    raise UserError(f"none of the training audio can be used any more ({batch.failed[0]})")
-                yield batch
+                yield usable(batch)
             progress["epoch"], progress["batch"] = progress["epoch"] + 1, 0
 
     def gradients(self, batches):
         """--accumulate batches of every process, as if they were one. -> {name: mean} with the gradient's norm"""
         self.optimizer.zero_grad(set_to_none=True)
-        sums, self.heard = {}, []
+        sums, self.latest = {}, []
         for k in range(self.args.accumulate):
             batch = next(batches)
             # dropout depends on the update and the batch's place in it, not on what ran before or where
             torch.manual_seed(mix(self.args.seed, self.progress["step"], k * self.world + self.rank))
             parts = self.forward_backward(batch)
             sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
-            self.heard.append((batch, parts["loss"]))
+            self.latest.append((batch, parts["loss"]))
         sums["count"] = sums["count"].to(sums["loss"])  # (its device)
         count, *totals = average_gradients(self.parameters, torch.stack([*sums.values()]).float())
         norm = clip_grad_norm_(self.parameters, self.args.clip)
@@ -273,7 +279,7 @@ class Training:
         progress = self.progress
         progress["skipped"] += 1
         progress["skipped_in_a_row"] += 1
-        heard = sum(everyone([(bool(loss.isfinite()), batch.ids) for batch, loss in self.heard]), [])
+        heard = sum(everyone([(bool(loss.isfinite()), batch.ids) for batch, loss in self.latest]), [])
         ids = [id for fine, ids in heard if not fine or all(fine for fine, _ in heard) for id in ids]
         what = f"loss or gradient is not finite ({', '.join(ids[:5])}{' ...' * (len(ids) > 5)})"
         self.run.log(step=progress["step"], skipped=ids)
@@ -304,7 +310,7 @@ class Training:
         self.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
         self.run.log(step=step, **results)
         if score < self.progress["best"] or not (self.run.out / "best.pt").exists():
-            self.progress["best"] = score
+            self.progress["best"] = score if math.isfinite(score) else math.inf
             self.write("best.pt", model=self.export(self.averaged.state_dict()), results=results, step=step)
 
     def save(self):
@@ -315,8 +321,3 @@ class Training:
     def write(self, name, **entries):
         if self.rank == 0:
             self.run.save_checkpoint(self.run.out / name, **entries, **self.extra)
-
-
-def train(*what):
-    """Both stages call this with what Training takes. -> exit code"""
-    return Training(*what).loop()

@@ -1,4 +1,5 @@
 """Sources, audio, features, tokenizer and batches."""
+import argparse
 import json
 import math
 import os
@@ -140,6 +141,19 @@ def test_names_and_headers_that_lie_are_one_line(tmp_path, capsys):
     assert data.main(["check", str(tmp_path)]) == 1                                 # which prints the names
     said = capsys.readouterr().out
     assert all(words in said for words in ("caf\\udce9.wav", "not UTF-8", "44101 Hz, convert it", "a length of 40265"))
+
+
+def test_what_is_too_long_is_neither_trained_nor_evaluated_on(tmp_path, capsys):
+    for i, seconds in enumerate((1, 2, 20, 25, 60)):
+        write_sine(tmp_path / f"{i}.wav", seconds=float(seconds))
+    args = argparse.Namespace(data=None, unlabelled=[str(tmp_path)], dev=None, speeds=[0.9, 1.0], batch_seconds=24.0)
+    train, [dev] = data.load_training_data(args, print)
+    assert sorted(u.seconds for u in [*train, dev]) == [1, 2, 20]
+    args.dev = [os.path.relpath(tmp_path / f"{i}.wav") for i in (0, 3, 4)]              # named another way, the same file
+    train, dev = data.load_training_data(args, print)
+    assert [u.seconds for u in train] == [2, 20] and [u.seconds for u in dev] == [1, 25]
+    said = capsys.readouterr().err
+    assert said.count("too long for --batch-seconds 24") == 4 and "60 s, cut it up" in said
 
 
 def test_truncated_audio_is_read_as_far_as_it_goes_or_named(tmp_path):

@@ -62,8 +62,9 @@ def halves(out, accumulate):
     torch.manual_seed(0)
     student = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Tanh(), torch.nn.Linear(32, 6))
     this = run.Run(args, rank, world, model.load_checkpoint, model.save_checkpoint)
-    return training.train(this, student, Loader(), compute_loss, lambda student: ({"dev x": 0.0}, 0.0),
-                     torch.optim.AdamW(student.parameters(), lr=1e-2), {}, torch.device("cpu"), torch.float32, rank, world)
+    return training.Training(this, student, Loader(), compute_loss, lambda student: ({"dev x": 0.0}, 0.0),
+                             torch.optim.AdamW(student.parameters(), lr=1e-2), {}, torch.device("cpu"), torch.float32, rank,
+                             world).loop()
 
 
 @pytest.mark.parametrize("how", ["two processes", "accumulated"])

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 import data
@@ -100,8 +101,9 @@ def tiny_run(out, spoil=None, dtype=torch.float32, utterances=8, workers=0, **op
             score = sum(p.square().sum() for p in student.parameters()).item()
             return {"dev size": score}, score
         optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
-        return training.train(this, student, loader, compute_loss, evaluate, optimizer,
-                         {"config": SMALL, "tokenizer": tokenizer.to_str()}, torch.device("cpu"), dtype, rank, world)
+        return training.Training(this, student, loader, compute_loss, evaluate, optimizer,
+                                 {"config": SMALL, "tokenizer": tokenizer.to_str()}, torch.device("cpu"), dtype, rank,
+                                 world).loop()
     main.__module__ = __name__
     return run.polite(main)()
 
@@ -276,6 +278,30 @@ def test_the_worst_batch_is_rehearsed(demo_utterances):
     assert max(batch.features.shape[1] for batch in worst) / 100 == pytest.approx(max(map(max, seconds)), abs=0.05)
 
 
+def test_audio_that_is_only_a_header_is_one_line(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "whole.wav", 0.1 * torch.randn(32_000).numpy(), 16_000)
+    for i in range(4):
+        (tmp_path / f"in/{i}.wav").write_bytes((tmp_path / "whole.wav").read_bytes()[:44] + bytes(64_000))  # silence
+    rows = [json.dumps({"audio_filepath": f"in/{i}.wav", "text": "A WORD"}) for i in range(4)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    assert finetune_rnnt.main(["--data", str(tmp_path / "train.jsonl"), "--dev", str(DEMO / "corpus/dev"), "--init", "none",
+                               "--min-frequency", "1", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert "none of the training audio can be used any more" in capsys.readouterr().err
+
+
+def test_a_score_that_is_no_number_is_beaten_by_any(tmp_path):
+    scores = iter([math.nan, 3.0, 5.0, math.nan])
+    written = []
+    training_ = argparse.Namespace(evaluate=lambda _: ({}, next(scores)), averaged=torch.nn.Linear(1, 1), say=print,
+                                   progress={"step": 1, "best": math.inf}, export=dict,
+                                   run=argparse.Namespace(log=lambda **_: None, out=tmp_path),
+                                   write=lambda name, **_: (written.append(name), (tmp_path / name).touch()))
+    for _ in range(4):
+        training.Training.evaluation(training_)
+    assert len(written) == 2 and training_.progress["best"] == 3.0
+
+
 @pytest.mark.parametrize("room, expected", [(30, None), (36, 36.0), (120, 36 * 1.25 ** 4), (10_000, 36 * 1.25 ** 20)])
 def test_auto_finds_the_largest_batch_that_fits_less_one_step(demo_utterances, room, expected):
     """On a pretended GPU with room for so many seconds; a run that goes on keeps what it found."""
@@ -285,7 +311,7 @@ def test_auto_finds_the_largest_batch_that_fits_less_one_step(demo_utterances, r
     def forward_backward(batch):
         if loader.batch_seconds > room:
             raise MemoryError("as it would be")
-    loader.worst = lambda: [None]
+    loader.worst = lambda: [argparse.Namespace(ids=["some"])]
     fake = argparse.Namespace(loader=loader, forward_backward=forward_backward, device=torch.device("cuda"), parameters=[],
                               optimizer=torch.optim.SGD([torch.zeros(1)]), progress={}, say=lambda line: None,
                               args=argparse.Namespace(batch_seconds=run.Auto(36)), run=argparse.Namespace(state=None))

@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,19 @@ def test_a_finished_run_is_left_alone_and_other_arguments_are_named(which, main,
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
+def test_overwrite_takes_nothing_away_before_the_new_run_begins(stage2, finetuned, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(finetuned, tmp_path / "old")
+    again = [*stage2, "--overwrite", "--lr", "0.004", "--out", str(out)]
+    for wrong in (["--data", "no/such"], ["--init", "no/run"], ["--init", str(out)], ["--teacher-transducer", str(out)]):
+        assert finetune_rnnt.main([*again, *wrong]) == 2
+    assert all((out / p.name).read_bytes() == p.read_bytes() for p in finetuned.iterdir())
+    assert "taught by; choose another --out" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")                # torchrun tries again: still nothing is done
+    assert finetune_rnnt.main(again) == 0 and "is finished" not in capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} == {p.name for p in finetuned.iterdir()}
+    assert finetune_rnnt.main(again) == 0 and "is finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stage, arguments, whole", [(pretrain_kd, "stage1", "pretrained"),
                                                      (finetune_rnnt, "stage2", "finetuned")])
 def test_an_interrupted_run_goes_on_bit_by_bit(stage, arguments, whole, request, tmp_path, monkeypatch, capsys):
@@ -204,8 +218,8 @@ def test_stage_2_inherits_the_encoder(stage2, pretrained, tmp_path, monkeypatch,
     def look(run, student, loader, *rest):
         seen.update({k: v.clone() for k, v in student.encoder.state_dict().items()})
         asked.append((student.config.dropout, loader.masks))
-        return 0
-    monkeypatch.setattr(finetune_rnnt.training, "train", look)
+        return types.SimpleNamespace(loop=lambda: 0)
+    monkeypatch.setattr(finetune_rnnt.training, "Training", look)
     assert finetune_rnnt.main([*stage2, "--out", str(tmp_path / "x")]) == 0
     assert finetune_rnnt.main([*stage2, "--dropout", "0.3", "--spec-augment", "0", "--out", str(tmp_path / "y")]) == 0
     assert asked == [(0.1, 4), (0.3, 0)]
@@ -282,6 +296,7 @@ def test_mistakes_are_one_line(stage1, stage2, pretrained, corpus, tmp_path, cap
         (decode.main, ["--checkpoint", "no/run"], ["no/run"]),
         (decode.main, ["--checkpoint", str(pretrained)], ["stage 1", "finetune_rnnt.py --init"]),
         (decode.main, ["a.wav", "--data", "b"], ["not both"]),
+        (decode.main, ["--stream", "a.wav", "--output", "b.jsonl"], ["--output", "for AUDIO"]),
     ]:
         refused(capsys, main(arguments), *words)
 
@@ -465,6 +480,24 @@ def test_kd_weight_0_is_training_without_a_teacher(stage2, finetuned, tmp_path):
     assert finetune_rnnt.main([*taught, "--kd-weight", "0"]) == finetune_rnnt.main([*alone[:-2]]) == 0
     a, b = (model.load_checkpoint(tmp_path / name / "last.pt")["raw_model"] for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_essence_drop_leaves_out_what_contradicts_the_transcript(finetuned, demo_utterances):
+    """Node by node, of two teachers that know next to nothing."""
+    teachers, tokenizer = finetune_rnnt.load_teachers([finetuned, finetuned / "last.pt"], "cpu")
+    [batch] = data.Loader(demo_utterances[:3], 100, tokenizer, waveforms=True).epoch()
+    for teacher in teachers:                                                                   # they write anything
+        torch.manual_seed(0)
+        torch.nn.init.normal_(teacher.joiner.out.weight)
+    exists, kept = (finetune_rnnt.listen(teachers, batch, finetune_rnnt.parse(
+        ["--teacher-transducer", "x", "--init", "none", *drop]))[1] for drop in ([], ["--essence-drop"]))
+    _, (t, u, exist), q = finetune_rnnt.listen(teachers, batch, finetune_rnnt.parse([]))
+    for b in range(3):
+        label = [*batch.targets[b][:batch.target_lengths[b]].tolist(), None]
+        for n in range(exist.shape[1]):
+            best = q[b, n].argmax().item()
+            assert kept[2][b, n] == (exist[b, n] and best in (0, label[u[b, n]] if exist[b, n] else 0))
+    assert torch.equal(exists[2], exist) and 0 < kept[2].sum() < exist.sum()
 
 
 def test_teachers_that_do_not_fit_are_one_line(stage2, finetuned, pretrained, tmp_path, capsys):
