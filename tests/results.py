@@ -3,7 +3,7 @@
     python tests/results.py --lab LAB                                # everything: about nine hours on one CPU core
     python tests/results.py --lab LAB --rows "no KD" "Whisper base" --seeds 0 1 2
     python tests/results.py --lab LAB --rows --figure results.png    # train nothing; table and picture of what is there
-    python tests/results.py --bert google/bert_uncased_L-2_H-128_A-2 # the demo's methods: half an hour a seed
+    python tests/results.py --bert google/bert_uncased_L-2_H-128_A-2 # the demo's methods: an hour a seed
 
 LAB holds LibriSpeech/train-clean-100 and dev-clean, whole or the parts that are named here. Labelled: one hour of 28
 speakers, tests/labelled-1h.txt; unlabelled: the rest of tests/labelled-5h.txt (Mini LibriSpeech's train-clean-5), and
@@ -86,12 +86,15 @@ LAB = Protocol(
     finetune="--steps 1200 --eval-every 300",
     pseudo=("part", "{moonshine}", "{tiny}"))
 
+BOTH = f"{DEMO_FOLDER}/teachers/hubert {DEMO_FOLDER}/teachers/whisper"
 ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3"
 DEMO = Protocol(
-    students={"two": (f"{DEMO_FOLDER}/teachers/hubert {DEMO_FOLDER}/teachers/whisper", "train unlabelled", "")},
+    students={"two": (BOTH, "train unlabelled", ""),
+              "two-streaming": (BOTH, "train unlabelled", "--chunk 16 --left 64")},
     rows={
         "no KD": ("none", "train", ""),
         "two teachers": ("two", "train", ""),
+        "two teachers, pruned loss": ("two", "train", "--loss pruned"),
         "+ one-best path": ("two", "train", "--teacher-transducer {seed0} --kd-weight 0.3"),
         "+ mean of three transducers": ("two", "train", ENSEMBLE),
         "+ essence of three, k = 16": ("two", "train", f"{ENSEMBLE} --essence-top-k 16"),
@@ -101,6 +104,8 @@ DEMO = Protocol(
         "+ K2D pseudo-labels": ("two", "train", "--pseudo {pseudo}/pieces.jsonl"),
         "+ one-best path, BERT, K2D": ("two", "train", "--teacher-transducer {seed0} --kd-weight 0.3 --bert {bert} "
                                                        "--pseudo {pseudo}/pieces.jsonl"),
+        "streaming, no KD": ("none", "train", "--chunk 16 --left 64"),
+        "streaming, two teachers": ("two-streaming", "train", ""),
     },
     teacher="two teachers", pretrain="", finetune="",
     pseudo=("unlabelled", f"{DEMO_FOLDER}/teachers/whisper", f"{DEMO_FOLDER}/teachers/hubert"))
