@@ -102,6 +102,8 @@ DEMO = Protocol(
         "+ essence of three, k = 1": ("two", "train", f"{ENSEMBLE} --essence-top-k 1"),
         "+ BERT": ("two", "train", "--bert {bert}"),
         "+ K2D pseudo-labels": ("two", "train", "--pseudo {pseudo}/pieces.jsonl"),
+        "+ one-best path, K2D": ("two", "train", "--teacher-transducer {seed0} --kd-weight 0.3 "
+                                                 "--pseudo {pseudo}/pieces.jsonl"),
         "+ one-best path, BERT, K2D": ("two", "train", "--teacher-transducer {seed0} --kd-weight 0.3 --bert {bert} "
                                                        "--pseudo {pseudo}/pieces.jsonl"),
         "streaming, no KD": ("none", "train", "--chunk 16 --left 64"),
