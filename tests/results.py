@@ -71,6 +71,8 @@ LAB = Protocol(
                                                    "--essence-top-k 4"),
         "+ BERT": ("three-more", "1h", "--bert {bert}"),
         "+ K2D pseudo-labels of 1.9 h": ("three-more", "1h", "--pseudo {pseudo}/pieces.jsonl"),
+        "+ one-best path, K2D": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3 "
+                                                     "--pseudo {pseudo}/pieces.jsonl"),
         "+ one-best path, BERT, K2D": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3 --bert {bert} "
                                                            "--pseudo {pseudo}/pieces.jsonl"),
         "streaming, no KD": ("none", "1h", "--chunk 16 --left 64"),
