@@ -174,6 +174,11 @@ def load_sources(sources, transcribed=False, skipped=None):
     return [replace(u, id=id) for id, u in by_id.items()]
 
 
+def absolute(utterances):
+    """The same with absolute paths: a file is one file, however it was named."""
+    return [replace(u, path=os.path.abspath(u.path)) for u in utterances]
+
+
 def add_source_options(parser):
     group = parser.add_argument_group("data", "a source is a LibriSpeech split folder, a .jsonl manifest, an audio "
                                       "file or a folder of audio")
@@ -188,7 +193,7 @@ def add_source_options(parser):
 def load_training_data(args, say, transcribed=False):
     """What the options above name (nothing: the demo). -> (training utterances, development utterances)"""
     sources, unlabelled, dev_sources = args.data or [], args.unlabelled or [], args.dev
-    load = lambda *what: [replace(u, path=os.path.abspath(u.path)) for u in load_sources(*what)]
+    load = lambda *what: absolute(load_sources(*what))
     pseudo = [replace(u, weight=args.pseudo_weight) for u in load(args.pseudo, True)] if transcribed else []
     if not sources and not pseudo and (transcribed or not unlabelled):
         sources = [DEMO / "corpus/train"]
@@ -206,7 +211,8 @@ def load_training_data(args, say, transcribed=False):
     held = [some[i] for i in sorted(order[:min(200, math.ceil(len(some) / 20))])]
     dev = {u.path: u for u in (load(dev_sources, transcribed) if dev_sources else held)}
     train = [u for u in train + pseudo if u.path not in dev]
-    train += [u for u in untold if u.path not in dev.keys() | {u.path for u in train}]
+    known = dev.keys() | {u.path for u in train}
+    train += [u for u in untold if u.path not in known]
     report([f"{u.path}: {u.seconds:.0f} s, cut it up" for u in dev.values() if u.seconds > LONGEST],
            "development utterances: too long")
     dev = [u for u in dev.values() if u.seconds <= LONGEST]

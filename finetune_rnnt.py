@@ -243,8 +243,10 @@ def main(argv=None):
 
     def before_step(step, spent):
         frozen = spent < 0.1 and args.init != "none" if args.freeze_steps is None else step < args.freeze_steps
-        for name, p in student.encoder.named_parameters():
-            p.requires_grad_(not frozen or ".condition." in name)
+        _, *inherited = optimizer.param_groups
+        for group in inherited:
+            for p in group["params"]:
+                p.requires_grad_(not frozen)
 
     def evaluate(student):
         references = {u.id: u.text for u in dev_set}

@@ -16,10 +16,8 @@ interruption, recording by recording.
 """
 import argparse
 import json
-import os
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import soundfile
@@ -203,7 +201,7 @@ def main(argv=None):
     device, _, why = running.choose_device(args.device)
     print(why)
     failed = []
-    recordings = [replace(u, path=os.path.abspath(u.path)) for u in data.load_sources(args.audio, skipped=failed)]
+    recordings = data.absolute(data.load_sources(args.audio, skipped=failed))
     teacher, validator = (Recogniser(name, device, args.language) for name in (args.teacher, args.validator))
     rows = prepare(args)
     done = {row["source"] for row in rows}

@@ -39,6 +39,11 @@ class Protocol:
     pseudo: tuple    # audio, teacher and validator of the pseudo-labels
 
 
+# what "+ method" adds to stage 2, in both protocols
+ONE_BEST = "--teacher-transducer {seed0} --kd-weight 0.3"
+ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3"
+BERT, K2D, STREAMING = "--bert {bert}", "--pseudo {pseudo}/pieces.jsonl", "--chunk 16 --left 64"
+
 ALL_THREE = "all three, + 6.2 h unlabelled"
 LAB = Protocol(
     students={
@@ -50,8 +55,8 @@ LAB = Protocol(
         "moonshine-more": ("{moonshine}", "1h rest", ""),
         "two-more": ("{base} {moonshine}", "1h rest", ""),
         "three-more": ("{tiny} {base} {moonshine}", "1h rest", ""),
-        "base-more-streaming": ("{base}", "1h rest", "--chunk 16 --left 64"),
-        "three-more-streaming": ("{tiny} {base} {moonshine}", "1h rest", "--chunk 16 --left 64"),
+        "base-more-streaming": ("{base}", "1h rest", STREAMING),
+        "three-more-streaming": ("{tiny} {base} {moonshine}", "1h rest", STREAMING),
     },
     rows={
         "no KD": ("none", "1h", ""),
@@ -66,16 +71,13 @@ LAB = Protocol(
         "Whisper base + Moonshine, + 6.2 h unlabelled": ("two-more", "1h", ""),
         ALL_THREE: ("three-more", "1h", ""),
         f"{ALL_THREE}, 2,400 updates": ("three-more", "1h", "--steps 2400 --eval-every 600"),
-        "+ one-best path": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3"),
-        "+ essence of three": ("three-more", "1h", "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3 "
-                                                   "--essence-top-k 4"),
-        "+ BERT": ("three-more", "1h", "--bert {bert}"),
-        "+ K2D pseudo-labels of 1.9 h": ("three-more", "1h", "--pseudo {pseudo}/pieces.jsonl"),
-        "+ one-best path, K2D": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3 "
-                                                     "--pseudo {pseudo}/pieces.jsonl"),
-        "+ one-best path, BERT, K2D": ("three-more", "1h", "--teacher-transducer {seed0} --kd-weight 0.3 --bert {bert} "
-                                                           "--pseudo {pseudo}/pieces.jsonl"),
-        "streaming, no KD": ("none", "1h", "--chunk 16 --left 64"),
+        "+ one-best path": ("three-more", "1h", ONE_BEST),
+        "+ essence of three": ("three-more", "1h", f"{ENSEMBLE} --essence-top-k 4"),
+        "+ BERT": ("three-more", "1h", BERT),
+        "+ K2D pseudo-labels of 1.9 h": ("three-more", "1h", K2D),
+        "+ one-best path, K2D": ("three-more", "1h", f"{ONE_BEST} {K2D}"),
+        "+ one-best path, BERT, K2D": ("three-more", "1h", f"{ONE_BEST} {BERT} {K2D}"),
+        "streaming, no KD": ("none", "1h", STREAMING),
         "streaming, Whisper base, + 6.2 h unlabelled": ("base-more-streaming", "1h", ""),
         "streaming, all three, + 6.2 h unlabelled": ("three-more-streaming", "1h", ""),
         "10 min labelled, no KD": ("none", "10min", ""),
@@ -89,26 +91,23 @@ LAB = Protocol(
     pseudo=("part", "{moonshine}", "{tiny}"))
 
 BOTH = f"{DEMO_FOLDER}/teachers/hubert {DEMO_FOLDER}/teachers/whisper"
-ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3"
 DEMO = Protocol(
     students={"two": (BOTH, "train unlabelled", ""),
-              "two-streaming": (BOTH, "train unlabelled", "--chunk 16 --left 64")},
+              "two-streaming": (BOTH, "train unlabelled", STREAMING)},
     rows={
         "no KD": ("none", "train", ""),
         "two teachers": ("two", "train", ""),
         "two teachers, pruned loss": ("two", "train", "--loss pruned"),
-        "+ one-best path": ("two", "train", "--teacher-transducer {seed0} --kd-weight 0.3"),
+        "+ one-best path": ("two", "train", ONE_BEST),
         "+ mean of three transducers": ("two", "train", ENSEMBLE),
         "+ essence of three, k = 16": ("two", "train", f"{ENSEMBLE} --essence-top-k 16"),
         "+ essence of three, k = 4": ("two", "train", f"{ENSEMBLE} --essence-top-k 4"),
         "+ essence of three, k = 1": ("two", "train", f"{ENSEMBLE} --essence-top-k 1"),
-        "+ BERT": ("two", "train", "--bert {bert}"),
-        "+ K2D pseudo-labels": ("two", "train", "--pseudo {pseudo}/pieces.jsonl"),
-        "+ one-best path, K2D": ("two", "train", "--teacher-transducer {seed0} --kd-weight 0.3 "
-                                                 "--pseudo {pseudo}/pieces.jsonl"),
-        "+ one-best path, BERT, K2D": ("two", "train", "--teacher-transducer {seed0} --kd-weight 0.3 --bert {bert} "
-                                                       "--pseudo {pseudo}/pieces.jsonl"),
-        "streaming, no KD": ("none", "train", "--chunk 16 --left 64"),
+        "+ BERT": ("two", "train", BERT),
+        "+ K2D pseudo-labels": ("two", "train", K2D),
+        "+ one-best path, K2D": ("two", "train", f"{ONE_BEST} {K2D}"),
+        "+ one-best path, BERT, K2D": ("two", "train", f"{ONE_BEST} {BERT} {K2D}"),
+        "streaming, no KD": ("none", "train", STREAMING),
         "streaming, two teachers": ("two-streaming", "train", ""),
     },
     teacher="two teachers", pretrain="", finetune="",
@@ -148,13 +147,13 @@ def write_manifests(sets, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name, utterances in sets.items():
         rows = [{"audio_filepath": str(Path(u.path).absolute()), "id": Path(u.path).stem}
-                | ({} if name in ("rest", "part", "unlabelled") else {"text": u.text}) for u in utterances]
+                | ({} if name in ("rest", "part") else {"text": u.text}) for u in utterances]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Results:
     def __init__(self, args):
-        self.protocol, self.out, self.audio = LAB if args.lab else DEMO, args.out, args.out / "audio"
+        self.protocol, self.out, self.audio = args.protocol, args.out, args.out / "audio"
         self.names = {"tiny": args.whisper[0], "base": args.whisper[1], "moonshine": args.moonshine, "bert": args.bert,
                       "pseudo": args.out / "pseudo", "cache": args.out / "cache",
                       **{f"seed{seed}": self.folder(self.protocol.teacher, seed) for seed in (0, 1, 2)}}
@@ -256,7 +255,8 @@ def parse(argv):
     parser.add_argument("--out", type=Path, help="default exp/results, of the demo exp/results-demo")
     parser.add_argument("--figure", metavar="PNG", help="of the real speech: draw it there")
     args = parser.parse_args(argv)
-    rows = list((LAB if args.lab else DEMO).rows)
+    args.protocol = LAB if args.lab else DEMO
+    rows = list(args.protocol.rows)
     args.rows = rows if args.rows is None else args.rows
     if unknown := set(args.rows) - set(rows):
         raise UserError(f"no such row: {'; '.join(unknown)}; choose from {'; '.join(rows)}")
