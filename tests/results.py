@@ -1,14 +1,15 @@
 """The rows of README.md's tables. One command repeats one row or all: real speech and real teachers, or the demo's.
 
-    python tests/results.py --lab LAB                                # everything: about nine hours on one CPU core
+    python tests/results.py --lab LAB                                # everything: about twelve hours on one CPU core
     python tests/results.py --lab LAB --rows "no KD" "Whisper base" --seeds 0 1 2
     python tests/results.py --lab LAB --rows --figure results.png    # train nothing; table and picture of what is there
     python tests/results.py --bert google/bert_uncased_L-2_H-128_A-2 # the demo's methods: an hour a seed
 
 LAB holds LibriSpeech/train-clean-100 and dev-clean, whole or the parts that are named here. Labelled: one hour of 28
 speakers, tests/labelled-1h.txt; unlabelled: the rest of tests/labelled-5h.txt (Mini LibriSpeech's train-clean-5), and
-tests/unlabelled-2h.txt. The model is chosen on five speakers of dev-clean and scored on five others. What is finished
-is not done again; what was interrupted goes on.
+tests/unlabelled-2h.txt; for one row besides what LAB/speechocean762-train holds (audio of openslr.org/101), if it is
+there. The model is chosen on five speakers of dev-clean and scored on five others. What is finished is not done again;
+what was interrupted goes on.
 """
 import argparse
 import json
@@ -44,6 +45,8 @@ ONE_BEST = "--teacher-transducer {seed0} --kd-weight 0.3"
 ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3"
 BERT, K2D, STREAMING = "--bert {bert}", "--pseudo {pseudo}/pieces.jsonl", "--chunk 16 --left 64"
 
+MOONSHINE = "Moonshine, + 6.2 h unlabelled"
+OCEAN, OCEAN_FOLDER = f"{MOONSHINE} + 2.9 h of speechocean762", "speechocean762-train"
 ALL_THREE = "all three, + 6.2 h unlabelled"
 LAB = Protocol(
     students={
@@ -53,6 +56,11 @@ LAB = Protocol(
         "three": ("{tiny} {base} {moonshine}", "1h", ""),
         "base-more": ("{base}", "1h rest", ""),
         "moonshine-more": ("{moonshine}", "1h rest", ""),
+        "moonshine-layer-3": ("{moonshine}:3", "1h rest", ""),
+        "moonshine-cosine": ("{moonshine}", "1h rest", "--loss cosine"),
+        "moonshine-l1-cosine": ("{moonshine}", "1h rest", "--loss l1+cosine"),
+        "moonshine-l2": ("{moonshine}", "1h rest", "--loss l2"),
+        "moonshine-ocean": ("{moonshine}", "1h rest ocean", ""),
         "two-more": ("{base} {moonshine}", "1h rest", ""),
         "three-more": ("{tiny} {base} {moonshine}", "1h rest", ""),
         "base-more-streaming": ("{base}", "1h rest", STREAMING),
@@ -67,7 +75,12 @@ LAB = Protocol(
         "Moonshine": ("moonshine", "1h", ""),
         "all three": ("three", "1h", ""),
         "Whisper base, + 6.2 h unlabelled": ("base-more", "1h", ""),
-        "Moonshine, + 6.2 h unlabelled": ("moonshine-more", "1h", ""),
+        MOONSHINE: ("moonshine-more", "1h", ""),
+        f"{MOONSHINE}: layer 3 of 6": ("moonshine-layer-3", "1h", ""),
+        f"{MOONSHINE}: cosine": ("moonshine-cosine", "1h", ""),
+        f"{MOONSHINE}: L1 + cosine": ("moonshine-l1-cosine", "1h", ""),
+        f"{MOONSHINE}: L2": ("moonshine-l2", "1h", ""),
+        OCEAN: ("moonshine-ocean", "1h", ""),
         "Whisper base + Moonshine, + 6.2 h unlabelled": ("two-more", "1h", ""),
         ALL_THREE: ("three-more", "1h", ""),
         f"{ALL_THREE}, 2,400 updates": ("three-more", "1h", "--steps 2400 --eval-every 600"),
@@ -113,7 +126,7 @@ DEMO = Protocol(
     teacher="two teachers", pretrain="", finetune="",
     pseudo=("unlabelled", f"{DEMO_FOLDER}/teachers/whisper", f"{DEMO_FOLDER}/teachers/hubert"))
 
-MAIN = ["no KD", "Whisper base", "Whisper base, + 6.2 h unlabelled", "Moonshine, + 6.2 h unlabelled", ALL_THREE,
+MAIN = ["no KD", "Whisper base", "Whisper base, + 6.2 h unlabelled", MOONSHINE, ALL_THREE,
         "+ one-best path", "streaming, no KD", "streaming, Whisper base, + 6.2 h unlabelled"]
 BY_HOURS = {"no KD": [(1 / 6, "10 min labelled, no KD"), (1, "no KD"), (5.3, "5.3 h labelled, no KD")],
             "three teachers, 7.2 h of audio": [(1 / 6, "10 min labelled, all three, + 7 h unlabelled"), (1, ALL_THREE),
@@ -135,6 +148,8 @@ def lab_sets(lab):
     dev, sets["final"] = ([u for speaker in some for id, u in held.items() if id.split("-")[0] == speaker]
                           for some in (DEVELOPMENT, FINAL))
     sets["dev"] = dev[::4]
+    if (ocean := lab / OCEAN_FOLDER).is_dir():
+        sets["ocean"] = data.load_sources([ocean])
     return sets
 
 
@@ -147,7 +162,7 @@ def write_manifests(sets, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name, utterances in sets.items():
         rows = [{"audio_filepath": str(Path(u.path).absolute()), "id": Path(u.path).stem}
-                | ({} if name in ("rest", "part") else {"text": u.text}) for u in utterances]
+                | ({} if name in ("rest", "part", "ocean") else {"text": u.text}) for u in utterances]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -257,7 +272,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.protocol = LAB if args.lab else DEMO
     rows = list(args.protocol.rows)
-    args.rows = rows if args.rows is None else args.rows
+    if args.rows is None:
+        args.rows = [row for row in rows if row != OCEAN or (args.lab / OCEAN_FOLDER).is_dir()]
     if unknown := set(args.rows) - set(rows):
         raise UserError(f"no such row: {'; '.join(unknown)}; choose from {'; '.join(rows)}")
     if args.figure and not args.lab:

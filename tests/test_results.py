@@ -18,7 +18,8 @@ def test_the_sets_of_the_protocol_share_nothing(loud_lab, tmp_path):
     assert ids["10min"] < ids["1h"] < ids["5h"] and not ids["1h"] & ids["rest"] and ids["5h"] - ids["1h"] < ids["rest"]
     assert len(speakers["1h"]) == len(speakers["5h"]) == 28
     assert not speakers["dev"] & speakers["final"] and not (speakers["dev"] | speakers["final"]) & speakers["5h"]
-    assert {name for name, some in sets.items() if any(u.text is None for u in some)} == {"rest", "part"}
+    assert {name for name, some in sets.items() if any(u.text is None for u in some)} == {"rest", "part", "ocean"}
+    assert len(ids["ocean"]) == 2500 and not ids["ocean"] & ids["rest"]
     assert ids["part"] < ids["rest"] and not ids["part"] & ids["5h"]
 
 
