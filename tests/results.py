@@ -37,15 +37,13 @@ class Protocol:
     teacher: str     # the row whose seeds 0, 1, 2 teach by their outputs; "+ method" adds to it
     pretrain: str    # budget of stage 1
     finetune: str    # budget of stage 2
-    pseudo: tuple    # teacher and validator of the pseudo-labels
+    pseudo: tuple    # audio, teacher and validator of the pseudo-labels
 
 
 # what "+ method" adds to stage 2, in both protocols
 ONE_BEST = "--teacher-transducer {seed0} --kd-weight 0.3"
 ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3"
-BERT, STREAMING = "--bert {bert}", "--chunk 16 --left 64"
-K2D = "--pseudo {{pseudo}}/{}/pieces.jsonl".format  # of which audio
-
+BERT, K2D, STREAMING = "--bert {bert}", "--pseudo {pseudo}/pieces.jsonl", "--chunk 16 --left 64"
 
 MOONSHINE = "Moonshine, + 6.2 h unlabelled"
 OCEAN, OCEAN_FOLDER = f"{MOONSHINE} + 2.9 h of speechocean762", "speechocean762-train"
@@ -89,14 +87,13 @@ LAB = Protocol(
         ALL_THREE: ("three-more", "1h", ""),
         f"{ALL_THREE}, 2,400 updates": ("three-more", "1h", "--steps 2400 --eval-every 600"),
         LONGER: ("three-longer", "1h", "--steps 3600 --eval-every 900"),
-        f"{LONGER}, one-best path, K2D of 6.2 h": ("three-longer", "1h", f"--steps 3600 --eval-every 900 {ONE_BEST} "
-                                                                         f"{K2D('rest')}"),
+        f"{LONGER}, one-best path, K2D": ("three-longer", "1h", f"--steps 3600 --eval-every 900 {ONE_BEST} {K2D}"),
         "+ one-best path": ("three-more", "1h", ONE_BEST),
         "+ essence of three": ("three-more", "1h", f"{ENSEMBLE} --essence-top-k 4"),
         "+ BERT": ("three-more", "1h", BERT),
-        "+ K2D pseudo-labels of 1.9 h": ("three-more", "1h", K2D("part")),
-        "+ one-best path, K2D": ("three-more", "1h", f"{ONE_BEST} {K2D('part')}"),
-        "+ one-best path, BERT, K2D": ("three-more", "1h", f"{ONE_BEST} {BERT} {K2D('part')}"),
+        "+ K2D pseudo-labels of 1.9 h": ("three-more", "1h", K2D),
+        "+ one-best path, K2D": ("three-more", "1h", f"{ONE_BEST} {K2D}"),
+        "+ one-best path, BERT, K2D": ("three-more", "1h", f"{ONE_BEST} {BERT} {K2D}"),
         "streaming, no KD": ("none", "1h", STREAMING),
         "streaming, Whisper base, + 6.2 h unlabelled": ("base-more-streaming", "1h", ""),
         "streaming, all three, + 6.2 h unlabelled": ("three-more-streaming", "1h", ""),
@@ -108,7 +105,7 @@ LAB = Protocol(
     teacher=ALL_THREE,
     pretrain="--steps 4800 --eval-every 800 --cache {cache} --speeds 1",
     finetune="--steps 1200 --eval-every 300",
-    pseudo=("{moonshine}", "{tiny}"))
+    pseudo=("part", "{moonshine}", "{tiny}"))
 
 BOTH = f"{DEMO_FOLDER}/teachers/hubert {DEMO_FOLDER}/teachers/whisper"
 DEMO = Protocol(
@@ -124,14 +121,14 @@ DEMO = Protocol(
         "+ essence of three, k = 4": ("two", "train", f"{ENSEMBLE} --essence-top-k 4"),
         "+ essence of three, k = 1": ("two", "train", f"{ENSEMBLE} --essence-top-k 1"),
         "+ BERT": ("two", "train", BERT),
-        "+ K2D pseudo-labels": ("two", "train", K2D("unlabelled")),
-        "+ one-best path, K2D": ("two", "train", f"{ONE_BEST} {K2D('unlabelled')}"),
-        "+ one-best path, BERT, K2D": ("two", "train", f"{ONE_BEST} {BERT} {K2D('unlabelled')}"),
+        "+ K2D pseudo-labels": ("two", "train", K2D),
+        "+ one-best path, K2D": ("two", "train", f"{ONE_BEST} {K2D}"),
+        "+ one-best path, BERT, K2D": ("two", "train", f"{ONE_BEST} {BERT} {K2D}"),
         "streaming, no KD": ("none", "train", STREAMING),
         "streaming, two teachers": ("two-streaming", "train", ""),
     },
     teacher="two teachers", pretrain="", finetune="",
-    pseudo=(f"{DEMO_FOLDER}/teachers/whisper", f"{DEMO_FOLDER}/teachers/hubert"))
+    pseudo=("unlabelled", f"{DEMO_FOLDER}/teachers/whisper", f"{DEMO_FOLDER}/teachers/hubert"))
 
 MAIN = ["no KD", "Whisper base", "Whisper base, + 6.2 h unlabelled", MOONSHINE, ALL_THREE,
         "+ one-best path", "streaming, no KD", "streaming, Whisper base, + 6.2 h unlabelled"]
@@ -210,10 +207,10 @@ class Results:
         out = self.folder(name, seed)
         for taught_by in re.findall(r"{seed(\d)}", more):
             self.row(self.protocol.teacher, int(taught_by))
-        for audio in re.findall(r"{pseudo}/(\w+)", more):
-            teacher, validator = self.protocol.pseudo
+        if "{pseudo}" in more:
+            audio, teacher, validator = self.protocol.pseudo
             self.call("pseudo_label.py", *self.sources(audio), "--teacher", *self.options(teacher), "--validator",
-                      *self.options(validator), "--out", self.names["pseudo"] / audio)
+                      *self.options(validator), "--out", self.names["pseudo"])
         self.call("finetune_rnnt.py", "--data", *self.sources(labelled), "--dev", *self.sources("dev"), "--init",
                   self.pretrain(student), *self.options(f"{self.protocol.finetune} {more}"), "--seed", seed,
                   "--out", out)
