@@ -113,6 +113,8 @@ class Recogniser:
         choose = language and getattr(generation, "is_multilingual", False)  # others have but one
         self.options = {"generate_kwargs": {"language": language, "task": "transcribe"}} if choose else {}
         self.timestamps = hasattr(generation, "no_timestamps_token_id")  # Whisper: it cuts long audio itself
+        # it hears 30 s whatever it gets; padding changes the answers of others, and a CPU gains nothing by a batch
+        self.batch_size = 8 if self.timestamps and device.type != "cpu" else 1
 
     def texts(self, waveforms):
         if self.ours:
@@ -125,7 +127,7 @@ class Recogniser:
                 texts += decode.transcribe(student, tokenizer, batch, self.device)[0]
             return texts
         inputs = [{"raw": w.numpy(), "sampling_rate": data.SAMPLE_RATE} for w in waveforms]
-        return [answer["text"].strip() for answer in self.pipe(inputs, batch_size=8, **self.options)]
+        return [answer["text"].strip() for answer in self.pipe(inputs, batch_size=self.batch_size, **self.options)]
 
     def pieces(self, waveform):
         if not self.ours and self.timestamps:

@@ -142,7 +142,9 @@ def test_the_demo_s_teachers(tmp_path):
     heard, agreed = ([row[name] for row in rows] for name in ("text", "validator"))
     for texts, limit in ((heard, 30), (agreed, 50)):
         assert decode.word_errors(" ".join(u.text for u in some), " ".join(texts)).rate < limit
-    waveform = torch.cat([data.load_audio(u.path) for u in some])                              # its window has 8 s
+    waveforms = [data.load_audio(u.path) for u in some]
+    assert pseudo_label.Recogniser(validator, torch.device("cpu")).texts(waveforms) == agreed  # together as one by one
+    waveform = torch.cat(waveforms)                                                            # its window has 8 s
     pieces = pseudo_label.Recogniser(teacher, torch.device("cpu")).pieces(waveform)
     assert all(end - start <= 8 for start, end, _ in pieces) and pieces[-1][1] == len(waveform) / 16_000
 
