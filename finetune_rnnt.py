@@ -166,7 +166,7 @@ def parse(argv):
     group.add_argument("--teacher-transducer", nargs="+", metavar="CKPT", default=[],
                        help="run directories or checkpoints of stage 2; several form an ensemble; their tokenizer is "
                        "used")
-    group.add_argument("--kd-weight", type=float, default=1.0, help="lambda above (default %(default)s)")
+    group.add_argument("--kd-weight", type=float, default=0.3, help="lambda above (default %(default)s)")
     group.add_argument("--kd-temperature", type=float, default=1.0,
                        help="above 1 the soft labels are softer (default %(default)s)")
     group.add_argument("--kd-shift", type=int, default=0,

@@ -41,8 +41,8 @@ class Protocol:
 
 
 # what "+ method" adds to stage 2, in both protocols
-ONE_BEST = "--teacher-transducer {seed0} --kd-weight 0.3"
-ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2} --kd-weight 0.3"
+ONE_BEST = "--teacher-transducer {seed0}"
+ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2}"
 BERT, K2D, STREAMING = "--bert {bert}", "--pseudo {pseudo}/pieces.jsonl", "--chunk 16 --left 64"
 
 MOONSHINE = "Moonshine, + 6.2 h unlabelled"
