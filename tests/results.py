@@ -130,8 +130,8 @@ DEMO = Protocol(
     teacher="two teachers", pretrain="", finetune="",
     pseudo=("unlabelled", f"{DEMO_FOLDER}/teachers/whisper", f"{DEMO_FOLDER}/teachers/hubert"))
 
-MAIN = ["no KD", "Whisper base", "Whisper base, + 6.2 h unlabelled", MOONSHINE, ALL_THREE,
-        "+ one-best path", "streaming, no KD", "streaming, Whisper base, + 6.2 h unlabelled"]
+MAIN = ["no KD, 3,600 updates", "Whisper base", "Whisper base, + 6.2 h unlabelled", ALL_THREE, "+ one-best path",
+        LONGER, f"{LONGER}, one-best path, K2D", "streaming, Whisper base, + 6.2 h unlabelled"]
 BY_HOURS = {"no KD": [(1 / 6, "10 min labelled, no KD"), (1, "no KD"), (5.3, "5.3 h labelled, no KD")],
             "three teachers, 7.2 h of audio": [(1 / 6, "10 min labelled, all three, + 7 h unlabelled"), (1, ALL_THREE),
                                                (5.3, "5.3 h labelled, all three, + 1.9 h unlabelled")]}
