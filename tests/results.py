@@ -40,11 +40,18 @@ class Protocol:
     pseudo: tuple    # audio, teacher and validator of the pseudo-labels
 
 
-# what "+ method" adds to stage 2, in both protocols
-ONE_BEST = "--teacher-transducer {seed0}"
-ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2}"
+ONE_BEST, ENSEMBLE = "--teacher-transducer {seed0}", "--teacher-transducer {seed0} {seed1} {seed2}"
 BERT, K2D, STREAMING = "--bert {bert}", "--pseudo {pseudo}/pieces.jsonl", "--chunk 16 --left 64"
 
+
+def added(student, labelled, ensembles, k2d="+ K2D pseudo-labels"):
+    """The rows of the methods that join stage 2; ensembles: {row: options}."""
+    methods = {"+ one-best path": ONE_BEST, **ensembles, "+ BERT": BERT, k2d: K2D,
+               "+ one-best path, K2D": f"{ONE_BEST} {K2D}", "+ one-best path, BERT, K2D": f"{ONE_BEST} {BERT} {K2D}"}
+    return {row: (student, labelled, more) for row, more in methods.items()}
+
+
+THRICE = "--steps 3600 --eval-every 900"  # the updates of stage 2
 MOONSHINE = "Moonshine, + 6.2 h unlabelled"
 OCEAN, OCEAN_FOLDER = f"{MOONSHINE} + 2.9 h of speechocean762", "speechocean762-train"
 ALL_THREE = "all three, + 6.2 h unlabelled"
@@ -70,8 +77,7 @@ LAB = Protocol(
     },
     rows={
         "no KD": ("none", "1h", ""),
-        # the time of both stages of the others
-        "no KD, 3,600 updates": ("none", "1h", "--steps 3600 --eval-every 900"),
+        "no KD, 3,600 updates": ("none", "1h", THRICE),  # the time of both stages of the others
         "Whisper tiny.en": ("tiny", "1h", ""),
         "Whisper base": ("base", "1h", ""),
         "Moonshine": ("moonshine", "1h", ""),
@@ -86,14 +92,10 @@ LAB = Protocol(
         "Whisper base + Moonshine, + 6.2 h unlabelled": ("two-more", "1h", ""),
         ALL_THREE: ("three-more", "1h", ""),
         f"{ALL_THREE}, 2,400 updates": ("three-more", "1h", "--steps 2400 --eval-every 600"),
-        LONGER: ("three-longer", "1h", "--steps 3600 --eval-every 900"),
-        f"{LONGER}, one-best path, K2D": ("three-longer", "1h", f"--steps 3600 --eval-every 900 {ONE_BEST} {K2D}"),
-        "+ one-best path": ("three-more", "1h", ONE_BEST),
-        "+ essence of three": ("three-more", "1h", f"{ENSEMBLE} --essence-top-k 4"),
-        "+ BERT": ("three-more", "1h", BERT),
-        "+ K2D pseudo-labels of 1.9 h": ("three-more", "1h", K2D),
-        "+ one-best path, K2D": ("three-more", "1h", f"{ONE_BEST} {K2D}"),
-        "+ one-best path, BERT, K2D": ("three-more", "1h", f"{ONE_BEST} {BERT} {K2D}"),
+        LONGER: ("three-longer", "1h", THRICE),
+        f"{LONGER}, one-best path, K2D": ("three-longer", "1h", f"{THRICE} {ONE_BEST} {K2D}"),
+        **added("three-more", "1h", {"+ essence of three": f"{ENSEMBLE} --essence-top-k 4"},
+                k2d="+ K2D pseudo-labels of 1.9 h"),
         "streaming, no KD": ("none", "1h", STREAMING),
         "streaming, Whisper base, + 6.2 h unlabelled": ("base-more-streaming", "1h", ""),
         "streaming, all three, + 6.2 h unlabelled": ("three-more-streaming", "1h", ""),
@@ -115,15 +117,9 @@ DEMO = Protocol(
         "no KD": ("none", "train", ""),
         "two teachers": ("two", "train", ""),
         "two teachers, pruned loss": ("two", "train", "--loss pruned"),
-        "+ one-best path": ("two", "train", ONE_BEST),
-        "+ mean of three transducers": ("two", "train", ENSEMBLE),
-        "+ essence of three, k = 16": ("two", "train", f"{ENSEMBLE} --essence-top-k 16"),
-        "+ essence of three, k = 4": ("two", "train", f"{ENSEMBLE} --essence-top-k 4"),
-        "+ essence of three, k = 1": ("two", "train", f"{ENSEMBLE} --essence-top-k 1"),
-        "+ BERT": ("two", "train", BERT),
-        "+ K2D pseudo-labels": ("two", "train", K2D),
-        "+ one-best path, K2D": ("two", "train", f"{ONE_BEST} {K2D}"),
-        "+ one-best path, BERT, K2D": ("two", "train", f"{ONE_BEST} {BERT} {K2D}"),
+        **added("two", "train", {
+            "+ mean of three transducers": ENSEMBLE,
+            **{f"+ essence of three, k = {k}": f"{ENSEMBLE} --essence-top-k {k}" for k in (16, 4, 1)}}),
         "streaming, no KD": ("none", "train", STREAMING),
         "streaming, two teachers": ("two-streaming", "train", ""),
     },
