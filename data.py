@@ -268,6 +268,7 @@ def log_mel(waveform):
 
 _speed = functools.cache(functools.partial(torchaudio.transforms.Speed, SAMPLE_RATE))
 
+
 def spec_augment(features, widest):
     """(F, 80) -> (F, 80): ten masks of up to 40 frames and 5 %, two of fewer than `widest` bins (arXiv 1904.08779)."""
     for axis, count, width, share in ((0, 10, 40, 0.05), (1, 2, widest, 1.0)):

@@ -67,7 +67,6 @@ def ctc_loss(logits, targets, lengths, target_lengths):
     return F.ctc_loss(log_probs, targets, lengths, target_lengths, reduction="none", zero_infinity=True)
 
 
-
 def transducer_loss(logits, targets, logit_lengths, target_lengths, blank=BLANK, reduction="mean"):
     """-log P(targets | logits), summed over all alignments, exact, with an exact gradient.
 

@@ -235,6 +235,7 @@ def test_from_joiner_drops_the_same_in_backward():
     torch.manual_seed(5)
     transducer_loss_from_joiner(joiner, hidden, predicted, *rest)
     after = torch.rand(())
+
     def loss(h):
         torch.manual_seed(5)
         return transducer_loss_from_joiner(joiner, h, predicted, *rest)
