@@ -1,158 +1,285 @@
-"""From files to batches: sources of utterances, audio, log-mel features, augmentation, tokenizer, batches by seconds.
+"""From files to batches: sources of utterances, audio, log-mel features, tokenizer, batches.
 
-    python data.py download train-clean-100 [--to DIR]     # a part of LibriSpeech; run again to go on after a break
-    python data.py check PATH...                                  # read every file of a source and report what is wrong
+A source is a LibriSpeech split folder (SPLIT/SPEAKER/CHAPTER/*.flac + .trans.txt), any folder of
+audio, an audio file, or a .jsonl manifest with one {"audio_filepath": ..., "text": ...} a line.
+A manifest's row may also have
+    "duration"                seconds; believed, so that the file need not be opened to list it
+    "offset" and "duration"   (or "start" and "end") a segment of the file, in seconds
+    "weight"                  of its loss; below 1 for text that a machine wrote
+    "id"                      default: the name of the file
 
-A source is a LibriSpeech split folder (SPLIT/SPEAKER/CHAPTER/*.flac + .trans.txt), a .jsonl manifest with one
-{"audio_filepath": ..., "text": ...} a line, an audio file, or any folder of audio.
+`python -m tools.librispeech` fetches LibriSpeech and checks a source.
 """
-import argparse
-import contextlib
+
 import copy
 import functools
-import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
-import tarfile
 import unicodedata
-import urllib.request
-from collections import Counter
-from dataclasses import dataclass, replace
+import zlib
+from collections import deque
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
-import soundfile
 import torch
 import torchaudio
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from run import DEMO, UserError, mix, polite
+from tools.audio_files import BLOCK, SAMPLE_RATE, file_seconds, open_audio, seek, shown
+from tools.command_line import UserError, positive_float
 
-SAMPLE_RATE = 16_000                       # Hz
-HOP = 160                                  # samples, 10 ms
-WINDOW = 400                               # samples, 25 ms
-SHORTEST, LONGEST = 0.1, 35.0              # seconds of an utterance to train on
-SILENT = 1e-4                              # largest sample of a file that nobody can hear
+HOP = 160  # samples between frames of log-mel, 10 ms
+WINDOW = 400  # samples of such a frame, 25 ms
+FRAME = 4 * HOP  # samples of a frame of the student, 40 ms
+FRAME_SECONDS = FRAME / SAMPLE_RATE  # 0.04
+SHORTEST = 0.1  # seconds of an utterance to train on
+LONGEST = 35.0
+SILENT = 1e-4  # the largest sample of a file without sound
 AUDIO = {".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"}
+DEMO = Path(__file__).parent / "demo"
+WORD_START = "\u2581"  # how the tokenizer marks the start of a word
 
 
-# ---------------------------------------------------------------------------- sources
+# ---------------------------------------- sources
+
 
 @dataclass(frozen=True)
 class Utterance:
-    path: str
+    path: str  # absolute
     seconds: float
-    text: str | None = None                # None: nobody wrote it down
+    text: str | None = None  # None: not transcribed
     id: str = ""
-    weight: float = 1.0                    # of its loss in stage 2
+    weight: float = 1.0  # of its loss in stage 2
+    offset: float | None = None  # seconds; None: the whole file, no segment of it
 
 
 def load_utterances(source, transcribed=False, skipped=None):
-    """A source (see above) -> list of Utterance, sorted by id. What cannot be used is named and counted on stderr.
+    """A source (see above) -> list of Utterance, sorted by id, ids unique.
 
-    transcribed: keep only utterances with text. Raises UserError if nothing is left, unless there is a list `skipped`.
+    What cannot be used is named and counted on stderr, and appended to the list `skipped` if
+    there is one. transcribed: keep only utterances with text.
+    Raises UserError if nothing is left, unless there is a list `skipped`.
     """
     try:
         utterances, problems = scan(source, transcribed)
-        if not utterances and len(problems) <= 1:
-            raise UserError(problems[0] if problems else f"{source}: no usable audio; expected a LibriSpeech folder, a "
-                            f".jsonl manifest or files ending in {' '.join(sorted(AUDIO))}")
     except UserError as error:
         if skipped is None:
             raise
-        utterances, problems = [], [str(error)]
-    report(problems, f"of {len(utterances) + len(problems)} utterances in {source}: python data.py check {source} "
-                     f"names them all")
+        utterances = []
+        problems = [str(error)]
     if skipped is not None:
         skipped += problems
-    elif not utterances:
-        raise UserError(f"{source}: none of its {len(problems)} utterances can be used (e.g. {problems[0]})")
+    elif not utterances and len(problems) == 1:
+        raise UserError(problems[0])
+    total = len(utterances) + len(problems)
+    cure = f"python -m tools.librispeech check {source}"
+    report(problems, f"of {total} utterances in {source}: {cure} names them all")
+    if skipped is None and not utterances:
+        raise UserError(f"{source}: none of its {total} utterances can be used ({problems[0]})")
     return sorted(utterances, key=lambda u: u.id)
 
 
+def load_sources(sources, transcribed=False, skipped=None):
+    """Several sources -> one list in which each audio stands once and each id is unique."""
+    utterances = []
+    places = set()
+    ids = set()
+    for source in sources:
+        for u in load_utterances(source, transcribed, skipped):
+            if place(u) in places:
+                continue
+            places.add(place(u))
+            # Two folders may use the same names for different files.
+            id = u.path if u.id in ids else u.id
+            utterances.append(with_unique_id(replace(u, id=id), ids))
+    return utterances
+
+
 def scan(source, transcribed=False):
-    """-> (list of Utterance, list of problems, one line each)"""
-    path = Path(source).expanduser()
+    """-> (list of Utterance, list of problems, one line each)
+
+    Raises UserError if the source does not exist or holds nothing.
+    """
+    path = Path(source).expanduser().absolute()
     if not os.path.exists(path):
-        raise UserError(f"no such file or folder: {path} (python data.py download train-clean-100 fetches LibriSpeech)")
-    utterances, rows, problems = [], [(path.stem, path, None)], []
-    if path.is_dir() or path.suffix in (".jsonl", ".json"):
-        rows, problems = read_folder(path) if path.is_dir() else read_manifest(path)
-    for id, audio, text in tqdm(rows, desc=f"scanning {path.name}", unit="file", leave=False, disable=len(rows) < 2000):
+        cure = "python -m tools.librispeech download train-clean-100 fetches LibriSpeech"
+        raise UserError(f"no such file or folder: {shown(path)} ({cure})")
+    if path.is_dir():
+        rows, problems = read_folder(path)
+    elif path.suffix in (".jsonl", ".json"):
+        rows, problems = read_manifest(path)
+    else:
+        rows = [Utterance(str(path), 0.0, id=path.stem)]
+        problems = []
+    if not rows and not problems:
+        kinds = " ".join(sorted(AUDIO))
+        raise UserError(
+            f"{shown(path)}: no usable audio; expected a LibriSpeech folder, a .jsonl manifest "
+            f"or files ending in {kinds}"
+        )
+
+    utterances = []
+    places = set()
+    ids = set()
+    hide_bar = len(rows) < 2000
+    for u in tqdm(rows, f"scanning {path.name}", unit="file", leave=False, disable=hide_bar):
         try:
-            with open_audio(audio) as file:
-                seconds = file.frames / file.samplerate
-            if transcribed and not normalise(text or ""):
-                raise UserError(f"{audio}: no transcript")
-            if seconds < SHORTEST:
-                raise UserError(f"{audio}: {seconds:.2f} s long, shorter than {SHORTEST} s")
-            utterances.append(Utterance(str(audio), seconds, text, id))
+            if not u.seconds:
+                u = replace(u, seconds=file_seconds(u.path) - (u.offset or 0.0))
+            if transcribed and not normalise(u.text or ""):
+                raise UserError(f"{u.path}: no transcript")
+            if u.seconds < SHORTEST:
+                raise UserError(f"{u.path}: {u.seconds:.2f} s long, shorter than {SHORTEST} s")
+            # Which of two texts would be right?
+            if place(u) in places:
+                raise UserError(f"{u.path}: the same audio stands in {source} twice ({u.id})")
+            places.add(place(u))
+            utterances.append(with_unique_id(u, ids))
         except UserError as error:
             problems.append(str(error))
     return utterances, problems
 
 
+def place(utterance):
+    """What two utterances of the same audio have in common, however their paths are written."""
+    folder, name = os.path.split(utterance.path)
+    segment = None
+    if utterance.offset is not None:
+        segment = (utterance.offset, utterance.seconds)
+    return real_folder(folder), name, segment
+
+
+# A folder holds many files, and where its links lead is a question to the disk.
+real_folder = functools.cache(os.path.realpath)
+
+
+def with_unique_id(utterance, ids):
+    """The utterance, with a number behind its id if that is one of `ids`; extends `ids`."""
+    id = utterance.id
+    while id in ids:
+        id = f"{id}-{len(ids) + 1}"
+    ids.add(id)
+    return utterance if id == utterance.id else replace(utterance, id=id)
+
+
 def read_folder(folder):
-    """LibriSpeech layout where *.trans.txt files exist, else bare audio. -> rows (id, path, text), problems."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO)
-    text, problems = {}, []
-    for transcript in sorted(folder.rglob("*.trans.txt")):
-        for line in transcript.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+    """A LibriSpeech folder (where there is a .trans.txt) or bare audio.
+
+    -> (list of Utterance, their lengths still 0, list of problems)
+    """
+    audio = []
+    texts = {}
+    garbled = set()
+    problems = []
+    for path in sorted(walk(folder)):
+        if os.path.splitext(path)[1].lower() in AUDIO:
+            audio.append(path)
+        if not path.endswith(".trans.txt"):
+            continue
+        for _, line, problem in read_lines(path):
             id, _, words = line.strip().partition(" ")
-            if id:
-                text[transcript.parent / id] = words
-    problems += [f"{path}: named in a .trans.txt, but there is no such audio"
-                 for path in sorted(text.keys() - {f.with_suffix("") for f in files})]
-    return [(str(f.relative_to(folder).with_suffix("")), f, text.get(f.with_suffix(""))) for f in files], problems
+            stem = os.path.join(os.path.dirname(path), id)
+            texts[stem] = words
+            if problem:
+                garbled.add(stem)
+                problems.append(problem)
 
+    rows = []
+    for path in audio:
+        stem = os.path.splitext(path)[0]
+        if stem not in garbled:
+            id = os.path.relpath(stem, folder)
+            rows.append(Utterance(path, 0.0, texts.get(stem), id))
 
-def read_manifest(path):
-    """JSON lines; relative paths start at the manifest's folder. -> rows (id, path, text), problems"""
-    rows, problems, seen = [], [], Counter()
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            if entry.get("offset"):
-                raise TypeError("segments of a file (offset) are not supported, cut the file")
-            if entry.get("keep") is False:  # pseudo_label.py says why in the row
-                continue
-            audio, text = path.parent / entry["audio_filepath"], entry.get("text")
-            if text is not None and not isinstance(text, str):
-                raise TypeError("text is not a string")
-            id = str(entry.get("id", audio.stem))
-            f"{id}{audio}{text}".encode()  # JSON can spell halves of characters that no file can hold
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problems.append(f"{path}:{number}: expected {{\"audio_filepath\": ..., \"text\": ...}} "
-                            f"({type(error).__name__}: {error})")
-            continue
-        seen[id] += 1
-        rows.append((id if seen[id] == 1 else f"{id}-{number}", audio, text))
+    stems = {os.path.splitext(path)[0] for path in audio}
+    for stem in sorted(texts.keys() - stems):
+        problems.append(f"{shown(stem)}: named in a .trans.txt, but there is no such audio")
     return rows, problems
 
 
-@contextlib.contextmanager
-def open_audio(path):
-    """A SoundFile whose header can be believed. What goes wrong with it becomes a UserError that names the file."""
-    shown = str(path).encode(errors="backslashreplace").decode()
-    if not os.path.isfile(path) or not os.path.getsize(path):  # a pipe would be waited for
-        raise UserError(f"{shown}: {'the file is empty' if os.path.isfile(path) else 'there is no such file'}")
-    try:
-        if shown != str(path):
-            raise ValueError("its name is not UTF-8, rename it")
-        with soundfile.SoundFile(str(path)) as file:
-            if math.lcm(file.samplerate, SAMPLE_RATE) > 1e8 or file.samplerate < 1000:
-                raise ValueError(f"a sample rate of {file.samplerate} Hz, convert it to {SAMPLE_RATE}")
-            if not 0 < file.frames < 48 * 3600 * file.samplerate:
-                raise ValueError(f"a length of {file.frames / file.samplerate:.0f} s")
-            yield file
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
-        raise UserError(f"{shown}: not readable as audio ({str(error).split(': ')[-1].strip('. ')})")
+def walk(folder):
+    """The paths of all files below a folder. Links to folders are followed."""
+    seen = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        # Each folder once: a link may lead back to where it lies.
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            yield os.path.join(path, name)
+
+
+def read_manifest(path):
+    """JSON lines; relative paths start at the manifest's folder.
+
+    -> (list of Utterance, their lengths 0 where the rows name none, list of problems)
+    """
+    rows = []
+    problems = []
+    folder = str(path.parent)
+    for number, line, problem in read_lines(path):
+        if problem:
+            problems.append(problem)
+            continue
+        try:
+            entry = json.loads(line)
+            # Pseudo-labels that were judged bad stay in their manifest, with the reason.
+            if entry.get("keep") is not False:
+                rows.append(read_row(entry, folder))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            expected = '{"audio_filepath": ..., "text": ...}'
+            reason = f"{type(error).__name__}: {error}"
+            problems.append(f"{shown(path)}:{number}: expected {expected} ({reason})")
+    return rows, problems
+
+
+def read_row(entry, folder):
+    """A manifest's row -> Utterance. What is wrong with it raises ValueError, KeyError ..."""
+    path = os.path.join(folder, entry["audio_filepath"])
+    text = entry.get("text")
+    if text is not None and not isinstance(text, str):
+        raise TypeError("text is not a string")
+    id = str(entry.get("id") or os.path.splitext(os.path.basename(path))[0])
+    # JSON can spell halves of characters that no file can hold.
+    f"{id}{path}{text}".encode()
+
+    weight = entry.get("weight", 1.0)
+    if not 0 < weight < math.inf:
+        raise ValueError(f"weight must be above 0, found {weight}")
+
+    # A segment is named by its offset and duration (NeMo), or by its start and end.
+    offset = entry.get("offset", entry.get("start"))
+    seconds = entry.get("duration")
+    if "end" in entry:
+        offset = offset or 0.0
+        seconds = entry["end"] - offset
+    if offset is not None and not 0 <= offset < math.inf:
+        raise ValueError(f"offset must not be negative, found {offset}")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"duration must be above 0, found {seconds}")
+    return Utterance(path, seconds or 0.0, text, id, weight, offset)
+
+
+def read_lines(path):
+    """-> (number, line, problem or None) of the lines of a text file that are not empty"""
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        problem = None
+        try:
+            line = line.decode()
+        except UnicodeDecodeError:
+            line = line.decode(errors="replace")
+            problem = f"{shown(path)}:{number}: not UTF-8, save it as UTF-8"
+        line = line.lstrip("\ufeff")
+        if line.strip():
+            yield number, line, problem
 
 
 def report(problems, where):
@@ -163,347 +290,523 @@ def report(problems, where):
         print(f"skipped {len(problems)} {where}", file=sys.stderr)
 
 
-def load_sources(sources, transcribed=False, skipped=None):
-    """Several sources -> one list in which each file stands once and each id is unique; skipped: as above."""
-    by_id, paths = {}, set()
-    for source in sources:
-        for u in load_utterances(source, transcribed, skipped):
-            if (path := os.path.abspath(u.path)) not in paths:
-                paths.add(path)
-                by_id[u.id if u.id not in by_id else u.path] = u
-    return [replace(u, id=id) for id, u in by_id.items()]
-
-
-def absolute(utterances):
-    """The same with absolute paths: a file is one file, however it was named."""
-    return [replace(u, path=os.path.abspath(u.path)) for u in utterances]
+# ---------------------------------------- training data
 
 
 def add_source_options(parser):
-    group = parser.add_argument_group("data", "a source is a LibriSpeech split folder, a .jsonl manifest, an audio "
-                                      "file or a folder of audio")
-    group.add_argument("--data", nargs="+", metavar="SOURCE", help="transcribed audio (nothing given: the demo)")
-    group.add_argument("--unlabelled", nargs="+", metavar="SOURCE", help="more audio, transcripts not needed")
-    group.add_argument("--dev", nargs="+", metavar="SOURCE",
-                       help="audio to evaluate on while training (default: one in twenty of the rest, at most 200)")
-    group.add_argument("--speeds", nargs="+", type=float, default=[0.9, 1.0, 1.1], metavar="X",
-                       help="speed perturbation: one of these factors per utterance (default 0.9 1.0 1.1)")
+    group = parser.add_argument_group(
+        "data",
+        "a source is a LibriSpeech split folder, a .jsonl manifest, an audio file or a folder of "
+        "audio",
+    )
+    group.add_argument(
+        "--data", nargs="+", metavar="SOURCE", help="transcribed audio (nothing given: the demo)"
+    )
+    group.add_argument(
+        "--unlabelled", nargs="+", metavar="SOURCE", help="more audio, transcripts not needed"
+    )
+    group.add_argument(
+        "--dev",
+        nargs="+",
+        metavar="SOURCE",
+        help="audio to evaluate on while training (default: one in twenty of --data, at most 200)",
+    )
+    group.add_argument(
+        "--speeds",
+        nargs="+",
+        metavar="X",
+        type=positive_float,
+        default=[0.9, 1.0, 1.1],
+        help="speed perturbation: one of these factors per utterance (default 0.9 1.0 1.1)",
+    )
 
 
-def load_training_data(args, say, transcribed=False):
-    """What the options above name (nothing: the demo). -> (training utterances, development utterances)"""
-    sources, unlabelled, dev_sources = args.data or [], args.unlabelled or [], args.dev
-    load = lambda *what: absolute(load_sources(*what))
-    pseudo = [replace(u, weight=args.pseudo_weight) for u in load(args.pseudo, True)] if transcribed else []
-    if not sources and not pseudo and (transcribed or not unlabelled):
+def load_training_data(args, transcribed=False, quiet=False):
+    """What the options above and --batch-seconds name -> (training, development utterances)
+
+    transcribed: stage 2, where --data needs text and --unlabelled has none, whatever is beside it.
+    quiet: do not print the line that sums it up. Raises UserError if either would be empty.
+    """
+    sources = args.data or []
+    unlabelled = args.unlabelled or []
+    dev_sources = args.dev or []
+    if not sources and (transcribed or not unlabelled):
         sources = [DEMO / "corpus/train"]
-        unlabelled = unlabelled or [DEMO / "corpus/unlabelled"] * (not transcribed)
-        dev_sources = args.dev or [DEMO / "corpus/dev"]
-    train = load(sources if transcribed else [*sources, *unlabelled], transcribed)
-    untold = [replace(u, text=None) for u in load(unlabelled)] if transcribed else []  # whatever is beside them
-    slow, most = 1 / min(args.speeds), min(LONGEST, args.batch_seconds)
-    fits = lambda u: u.seconds * slow <= most
-    report([f"{u.path}: {u.seconds * slow:.0f} s at the slowest of --speeds, too long for --batch-seconds {most:g}"
-            for u in train + pseudo + untold if not fits(u)], "training utterances: too long")
-    train, pseudo, untold = ([u for u in some if fits(u)] for some in (train, pseudo, untold))
-    some = train or pseudo  # what a model wrote is no measure where there is better
-    order = torch.randperm(len(some), generator=torch.Generator().manual_seed(0)).tolist()
-    held = [some[i] for i in sorted(order[:min(200, math.ceil(len(some) / 20))])]
-    dev = {u.path: u for u in (load(dev_sources, transcribed) if dev_sources else held)}
-    train = [u for u in train + pseudo if u.path not in dev]
-    known = dev.keys() | {u.path for u in train}
-    train += [u for u in untold if u.path not in known]
-    report([f"{u.path}: {u.seconds:.0f} s, cut it up" for u in dev.values() if u.seconds > LONGEST],
-           "development utterances: too long")
-    dev = [u for u in dev.values() if u.seconds <= LONGEST]
-    if not train or not dev:
-        raise UserError(f"{len(train)} utterances are left to train on and {len(dev)} to evaluate on; give more "
-                        f"--data, --dev, or larger --batch-seconds")
-    say(f"training on {summary(train)}; evaluating on {summary(dev)}")
-    return train, dev
+        dev_sources = dev_sources or [DEMO / "corpus/dev"]
+        if not transcribed and not unlabelled:
+            unlabelled = [DEMO / "corpus/unlabelled"]
+
+    # To stage 1 all audio is the same.
+    untranscribed = []
+    if transcribed:
+        training = load_sources(sources, transcribed=True)
+        untranscribed = [replace(u, text=None) for u in load_sources(unlabelled)]
+    else:
+        training = load_sources([*sources, *unlabelled])
+    longest = min(LONGEST, args.batch_seconds) * min(args.speeds)
+    reason = f"too long for --batch-seconds {args.batch_seconds:g} at the slowest of --speeds"
+    training, untranscribed = leave_out_long(longest, reason, training, untranscribed)
+
+    if dev_sources:
+        development = by_people(load_sources(dev_sources, transcribed))
+    else:
+        development = one_in_twenty(by_people(training))
+    # Nothing that the student is evaluated on is trained on, and nothing is trained on twice.
+    training = without(training, development)
+    training += without(untranscribed, [*training, *development])
+    [development] = leave_out_long(LONGEST, "cut it up", development)
+    if not training or not development:
+        raise UserError(
+            f"{len(training)} utterances are left to train on and {len(development)} to evaluate "
+            f"on; give more --data, --dev, or larger --batch-seconds"
+        )
+
+    if not quiet:
+        print(f"training on {summary(training)}; evaluating on {summary(development)}")
+        if transcribed and development[0].weight < 1:
+            print("the development text is a machine's, for want of a person's; give --dev")
+    return training, development
+
+
+def without(utterances, others):
+    """Those whose audio is not among `others`, neither whole nor a segment of it
+
+    Two segments of one file may both stay, if they are not the same.
+    """
+    places = set(map(place, others))
+    files = {place(u)[:2] for u in others}
+    whole_files = {place(u)[:2] for u in others if u.offset is None}
+    kept = []
+    for u in utterances:
+        file = place(u)[:2]
+        is_known = place(u) in places or file in whole_files
+        if not is_known and not (u.offset is None and file in files):
+            kept.append(u)
+    return kept
+
+
+def by_people(utterances):
+    """Those that were transcribed by people: a machine's text is no measure. If none, all."""
+    return [u for u in utterances if u.weight >= 1] or utterances
+
+
+def leave_out_long(longest, reason, *lists):
+    """-> the lists of utterances without those of more than `longest` seconds, which are named"""
+    problems = []
+    kept = []
+    for utterances in lists:
+        long = [u for u in utterances if u.seconds > longest]
+        problems += [f"{u.path}: {u.seconds:.0f} s, {reason}" for u in long]
+        kept.append([u for u in utterances if u.seconds <= longest])
+    report(problems, "utterances: too long")
+    return kept
+
+
+def one_in_twenty(utterances):
+    """Utterances to hold out, at most 200, always the same ones"""
+    count = min(200, math.ceil(len(utterances) / 20))
+    order = torch.randperm(len(utterances), generator=torch.Generator().manual_seed(0)).tolist()
+    return [utterances[i] for i in sorted(order[:count])]
+
+
+def fingerprints(training, development):
+    """-> {name: text}, which a run directory keeps to notice data that changed between starts"""
+    texts = {}
+    for name, utterances in (("training", training), ("development", development)):
+        checksum = 0
+        for u in utterances:
+            row = f"{u.id}\t{u.seconds:.2f}\t{u.offset}\t{u.text}\t{u.weight}\n"
+            checksum = zlib.crc32(row.encode(), checksum)
+        texts[f"the {name} audio"] = f"{summary(utterances)}, checksum {checksum:08x}"
+    return texts
 
 
 def summary(utterances):
-    hours = sum(u.seconds for u in utterances) / 3600
-    return f"{len(utterances)} utterances, " + (f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min")
+    """How many they are, and how long"""
+    minutes = sum(u.seconds for u in utterances) / 60
+    length = f"{minutes / 60:.2f} h" if minutes >= 60 else f"{minutes:.1f} min"
+    return f"{len(utterances)} utterances, {length}"
 
 
-# ---------------------------------------------------------------------------- audio and features
+# ---------------------------------------- audio
 
-def stream_audio(path, seconds=30):
-    """A file of any length in bounded memory: float32 tensors (S_i,), mono, 16 kHz, that follow one another; a
-    UserError names what is damaged, empty or no sound."""
-    rest, second = torch.zeros(0), 0               # blocks share two seconds: one at either end is for the resampler
-    with open_audio(path) as file:
-        rate, shared = file.samplerate, torch.zeros(0)
-        while file.tell() < file.frames:           # (SoundFile.blocks would fill up a short file from memory as it is)
-            samples = file.read(seconds * rate - len(shared), dtype="float32", always_2d=True)
+
+def stream_audio(path, offset=None, seconds=None):
+    """Audio of any length in bounded memory: float32 tensors (S_i,), mono, 16 kHz, consecutive.
+
+    offset, seconds: the segment to read; without an offset the whole file, which must be of that
+    length. A UserError names what is damaged, empty, of another length or no sound.
+    """
+    # Blocks share two seconds: one at either end is there for the resampler.
+    shared = torch.zeros(0)
+    rest = torch.zeros(0)
+    begin = 0
+    with open_audio(path) as (file, frames):
+        rate = file.samplerate
+        first, last = segment_frames(path, frames / rate, rate, offset, seconds)
+        seek(file, first)
+        position = first
+        while position < last:
+            count = min(BLOCK * rate - len(shared), last - position)
+            samples = torch.from_numpy(file.read(count, dtype="float32", always_2d=True))
             if not len(samples):
-                raise ValueError(f"cut off after {file.tell() / rate:.1f} of {file.frames / rate:.1f} s")
-            waveform = torch.cat([shared, torch.from_numpy(samples).mean(dim=1)])
+                break
+            position += len(samples)
+            waveform = torch.cat([shared, mix_channels(samples)])
             if not waveform.abs().max() < 100:
                 raise ValueError("samples that are not numbers or not between -1 and 1")
-            shared = waveform[-2 * rate:]
+            shared = waveform[-2 * rate :]
             waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
-            yield waveform[second:-SAMPLE_RATE]
-            rest, second = waveform[-SAMPLE_RATE:], SAMPLE_RATE
+            yield waveform[begin:-SAMPLE_RATE]
+            rest = waveform[-SAMPLE_RATE:]
+            begin = SAMPLE_RATE
+        if position == first or last - position > 0.1 * rate:
+            raise ValueError(f"cut off after {position / rate:.1f} of {frames / rate:.1f} s")
     yield rest
 
 
-def load_audio(path):
-    """The whole file as one tensor (S,)."""
-    return torch.cat(list(stream_audio(path)))
+def segment_frames(path, length, rate, offset, seconds):
+    """-> (first frame, last frame + 1) of a segment of a file of `length` seconds
+
+    Manifests are rounded: a tenth of a second and 1 % are no contradiction.
+    """
+    tolerance = 0.1 + 0.01 * (seconds or 0.0)
+    if offset is None:
+        if seconds is not None and abs(length - seconds) > tolerance:
+            raise UserError(
+                f"{path}: {length:.2f} s long, but {seconds:.2f} s in its manifest (a segment "
+                f"needs an offset) or when it was listed"
+            )
+        return 0, round(length * rate)
+    end = length if seconds is None else offset + seconds
+    if offset >= length or end > length + tolerance:
+        raise UserError(
+            f"{path}: {length:.2f} s long, which is no room for a segment from {offset:.2f} to "
+            f"{end:.2f} s"
+        )
+    return round(offset * rate), round(min(end, length) * rate)
 
 
-_mel = functools.cache(lambda: torchaudio.transforms.MelSpectrogram(
-    SAMPLE_RATE, n_fft=512, win_length=WINDOW, hop_length=HOP, f_min=20, n_mels=80, pad_mode="constant", norm="slaney",
-    mel_scale="slaney"))
+def mix_channels(samples):
+    """(S, channels) -> (S,), their mean; of channels that cancel each other, the first"""
+    mean = samples.mean(dim=1)
+    cancelled = mean.abs().max() < 0.01 * samples.abs().max()
+    return samples[:, 0] if cancelled else mean
+
+
+def load_audio(path, offset=None, seconds=None):
+    """stream_audio as one tensor (S,)"""
+    return torch.cat(list(stream_audio(path, offset, seconds)))
+
+
+# ---------------------------------------- features
+
+
+@functools.cache
+def mel_spectrogram():
+    filters = dict(n_mels=80, f_min=20, norm="slaney", mel_scale="slaney")
+    frames = dict(n_fft=512, win_length=WINDOW, hop_length=HOP, pad_mode="constant")
+    return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, **frames, **filters)
 
 
 def log_mel(waveform):
-    """(S,) -> (F, 80), F = S // 160 + 1, frame i centred on i x 10 ms. Shift and scale are constants that bring speech
-    near mean 0, deviation 1: nothing to measure, nothing to store, the same in training and in a stream."""
-    return (torch.log(_mel()(waveform).T + 1e-8) + 11) / 4
+    """(S,) -> (F, 80), F = S // 160 + 1, frame i centred on i x 10 ms.
 
-
-_speed = functools.cache(functools.partial(torchaudio.transforms.Speed, SAMPLE_RATE))
+    Shift and scale are constants that bring speech near mean 0, deviation 1: nothing to measure,
+    nothing to store, the same in training and in a stream. [ours]
+    """
+    return (torch.log(mel_spectrogram()(waveform).T + 1e-8) + 11) / 4
 
 
 def spec_augment(features, widest):
-    """(F, 80) -> (F, 80): ten masks of up to 40 frames and 5 %, two of fewer than `widest` bins (arXiv 1904.08779)."""
+    """(F, 80) -> (F, 80) with masks of the utterance's mean (SpecAugment, arXiv 1904.08779)
+
+    Ten of up to 40 frames and 5 % of the frames, two of fewer than `widest` bins.
+    """
+    mean = features.mean().item()
     for axis, count, width, share in ((0, 10, 40, 0.05), (1, 2, widest, 1.0)):
         for _ in range(count):
-            features = torchaudio.functional.mask_along_axis(features, width, 0.0, axis, share)
+            features = torchaudio.functional.mask_along_axis(features, width, mean, axis, share)
     return features
 
 
-# ---------------------------------------------------------------------------- text
+# Building a resampler takes longer than using it.
+speed_changer = functools.cache(functools.partial(torchaudio.transforms.Speed, SAMPLE_RATE))
+
+
+def perturb_speed(waveform, speed):
+    """(S,) -> (about S / speed,), also of another pitch"""
+    return speed_changer(speed)(waveform)[0]
+
+
+# ---------------------------------------- text
+
+
+class Characters(dict):
+    """What a character becomes in normalised text, found out when it first occurs."""
+
+    def __missing__(self, code):
+        category = unicodedata.category(chr(code))
+        becomes = " "
+        if category[0] in "LMN":
+            becomes = chr(code)
+        # Format characters (soft hyphen, joiners) are invisible; words go on behind them.
+        if category == "Cf":
+            becomes = ""
+        self[code] = becomes
+        return becomes
+
+
+CHARACTERS = Characters({ord(c): "'" for c in "'`\u00b4\u2018\u2019\u02bc"} | {0x200B: " "})
+# An apostrophe has a letter on both sides; Chinese and Japanese have none, but quotation marks.
+LETTER = "[^ '\u3040-\u9fff]"
+NO_APOSTROPHE = re.compile(f"(?<!{LETTER})'|'(?!{LETTER})")
+
 
 def normalise(text):
-    """What we train on and score: Unicode NFKC, upper case, letters, marks, digits, apostrophes, single spaces."""
-    text = unicodedata.normalize("NFKC", text).upper().replace("\u2019", "'")
-    return " ".join("".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
+    """What we train on and score: Unicode NFKC in upper case; letters, marks, digits, apostrophes
+    inside words, single spaces."""
+    # NFKC would take an acute accent that stands alone apart.
+    text = unicodedata.normalize("NFKC", text.replace("\u00b4", "'"))
+    text = text.upper().translate(CHARACTERS)
+    return " ".join(NO_APOSTROPHE.sub(" ", text).split())
 
 
-def train_tokenizer(texts, vocab_size, min_frequency):
-    """BPE learned from the training text. Id 0 is the transducer's blank, 1 what was never seen.
+def train_tokenizer(texts, vocab_size):
+    """BPE learned from the training text. Id 0 is the transducer's blank, 1 an unknown character.
 
-    min_frequency: a merge must be seen that often, because a token that occurs a few times cannot be learned: small
-    corpora thereby get small vocabularies by themselves.
+    A merge must occur 100 times, because a token that occurs a few times cannot be learned: small
+    corpora thereby get small vocabularies by themselves. [ours]
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
     tokenizer.normalizer = normalizers.NFKC()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency,
-                                  special_tokens=["<blank>", "<unk>"], show_progress=False)
-    tokenizer.train_from_iterator((normalise(text) for text in texts), trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=100,
+        special_tokens=["<blank>", "<unk>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(map(normalise, texts), trainer)
     return tokenizer
 
 
-# ---------------------------------------------------------------------------- batches
+# ---------------------------------------- batches
+
 
 @dataclass
 class Batch:
-    ids: list
-    features: torch.Tensor                 # (B, F, 80)
-    feature_lengths: torch.Tensor          # (B,)
-    waveforms: list | None                 # B of (S,), where a teacher wants to listen
-    targets: torch.Tensor | None           # (B, U), padded with 0
-    target_lengths: torch.Tensor | None    # (B,)
-    weights: torch.Tensor | None           # (B,) of the utterances' losses
-    seconds: float                         # of audio, without padding
-    texts: list | None = None
-    failed: tuple = ()                     # "path: why" of files that could not be read
-    embeddings: list | None = None         # of (B, T, dim) float16, one per cache
+    utterances: list
+    features: torch.Tensor  # (B, F, 80), padded with 0
+    feature_lengths: torch.Tensor  # (B,)
+    seconds: float  # of audio, without padding
+    failed: list  # "path: why" of what could not be read
+    waveforms: list  # of B (S,), as the features were computed from
+    embeddings: list  # of (B, T, dim) float16, one per cache
 
     def to(self, device):
-        return Batch(**{name: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
-                        for name, x in vars(self).items()})
+        """The same with its tensors on a device; the waveforms stay where they are."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(moved, name, value.to(device, non_blocking=True))
+        moved.embeddings = [e.to(device, non_blocking=True) for e in self.embeddings]
+        return moved
 
 
+@dataclass
+class TranscribedBatch(Batch):
+    targets: torch.Tensor  # (B, U), padded with 0
+    target_lengths: torch.Tensor  # (B,); 0 where there is no text
+    weights: torch.Tensor  # (B,) of the utterances' losses
+
+
+@dataclass
+class Example:
+    """One utterance as one epoch has it"""
+
+    utterance: Utterance
+    waveform: torch.Tensor  # (S,)
+    features: torch.Tensor  # (F, 80)
+    labels: torch.Tensor  # (U,)
+    embeddings: list  # of (T, dim), one per cache
+
+
+@dataclass
 class Loader:
-    """Batches of about equal length, at most `batch_seconds` each (padding counted), read by worker processes.
+    """Batches of about equal length, read by worker processes.
 
-    Order and augmentation of an utterance depend only on (seed, epoch, utterance): `epoch(3, skip=17)` goes on exactly
-    where an interrupted run stopped, whatever the number of workers.
+    Order and augmentation of an utterance depend only on (seed, epoch, utterance):
+    `epoch(3, skip=17)` goes on exactly where an interrupted run stopped, with any `workers`.
     """
 
-    def __init__(self, utterances, batch_seconds, tokenizer=None, waveforms=False, augment=False, speeds=(1.0,),
-                 workers=0, seed=0, rank=0, world=1, caches=(), masks=0):
-        self.utterances, self.batch_seconds, self.tokenizer = utterances, batch_seconds, tokenizer
-        self.waveforms, self.augment, self.speeds, self.masks = waveforms, augment, speeds, masks
-        self.workers, self.seed, self.rank, self.world = workers, seed, rank, world
-        self.caches = caches  # each a function of (utterance, speed) -> (T, dim): what a teacher once said
-
-    def batches(self, number):
-        """Lists of utterances of this process; in training shuffled anew each epoch, jittered to change neighbours."""
-        generator = torch.Generator().manual_seed(mix(self.seed, number))
-        jitter = 1 + 0.2 * self.augment * torch.rand(len(self.utterances), generator=generator)
-        slowest, batches, longest = min(self.speeds), [[]], 0.0
-        for i in sorted(range(len(jitter)), key=lambda i: self.utterances[i].seconds * jitter[i].item()):
-            longest = max(longest, self.utterances[i].seconds / slowest)
-            if batches[-1] and longest * (len(batches[-1]) + 1) > self.batch_seconds:
-                batches.append([])
-                longest = self.utterances[i].seconds / slowest
-            batches[-1].append(i)
-        if self.augment:
-            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-            # every process makes as many steps: nobody waits for ever
-            batches += [batches[i % len(batches)] for i in range(-len(batches) % self.world)]
-        return batches[self.rank::self.world]
-
-    def worst(self):
-        """The batches of an epoch, of all processes, that need the most memory: the largest, that of the longest."""
-        slow = copy.copy(self)
-        slow.rank, slow.world, slow.speeds = 0, 1, (min(self.speeds),)
-        size = lambda batch, power: len(batch) * max(self.utterances[i].seconds for i in batch) ** power
-        worst = {tuple(max(slow.batches(0), key=lambda batch: size(batch, power))) for power in (1, 2)}
-        return [_Dataset(slow, 0)[batch] for batch in worst]
+    utterances: list
+    batch_seconds: float  # of audio in a batch, at most, padding counted
+    _: KW_ONLY
+    tokenizer: Tokenizer | None = None  # if there is one, the batches are transcribed
+    caches: tuple = ()  # functions (utterance, speed) -> (T, dim) float16
+    augment: bool = False  # for training: shuffle, draw speeds and masks
+    spec_augment: int = 0  # masks are narrower than so many bins; 0: none
+    speeds: tuple = (1.0,)
+    workers: int = 0  # processes that read ahead
+    seed: int = 0
+    rank: int = 0  # of this process, among `world`
+    world: int = 1
 
     def epoch(self, number=0, skip=0):
-        return iter(torch.utils.data.DataLoader(
-            _Dataset(self, number), batch_size=None, sampler=self.batches(number)[skip:], num_workers=self.workers,
-            prefetch_factor=4 if self.workers else None, worker_init_fn=_quiet_worker))
+        """-> iterator of this process's batches, without the first `skip`"""
+        return iter(
+            torch.utils.data.DataLoader(
+                Epoch(self, number),
+                batch_size=None,
+                sampler=self.batches(number)[skip:],
+                num_workers=self.workers,
+                prefetch_factor=4 if self.workers else None,
+                worker_init_fn=prepare_worker,
+            )
+        )
+
+    def batches(self, number):
+        """Which utterances make up the batches of this process -> lists of indices"""
+        generator = torch.Generator().manual_seed(mix(self.seed, number))
+        # Sorted by length there is little padding; training jitters it, to change the neighbours.
+        jitter = 1 + 0.2 * self.augment * torch.rand(len(self.utterances), generator=generator)
+        lengths = [u.seconds * x for u, x in zip(self.utterances, jitter.tolist())]
+        batches = [[]]
+        longest = 0.0
+        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+            seconds = self.utterances[i].seconds / min(self.speeds)
+            longest = max(longest, seconds)
+            if batches[-1] and longest * (len(batches[-1]) + 1) > self.batch_seconds:
+                batches.append([])
+                longest = seconds
+            batches[-1].append(i)
+        if self.augment:
+            order = torch.randperm(len(batches), generator=generator).tolist()
+            batches = [batches[i] for i in order]
+            # Every process makes as many steps: else one would wait for ever.
+            missing = -len(batches) % self.world
+            batches += [batches[i % len(batches)] for i in range(missing)]
+        return batches[self.rank :: self.world]
+
+    def worst(self):
+        """-> the batches, of all processes, that need the most memory: the one with most frames,
+        and the one with most pairs of frames, which is that of the longest utterances"""
+        slow = replace(self, rank=0, world=1, speeds=(min(self.speeds),))
+        plan = slow.batches(0)
+        worst = set()
+        for power in (1, 2):
+            sizes = []
+            for batch in plan:
+                longest = max(self.utterances[i].seconds for i in batch)
+                sizes.append(len(batch) * longest**power)
+            worst.add(tuple(plan[sizes.index(max(sizes))]))
+        return [slow.load(0, batch) for batch in worst]
+
+    def load(self, number, indices):
+        """Read the utterances of one batch. A bad file is named in the batch, it ends no run."""
+        examples = []
+        failed = []
+        queue = deque(indices)
+        while queue:
+            i = queue.popleft()
+            try:
+                examples.append(self.read(number, i))
+            except UserError as error:
+                failed.append(str(error))
+                # Training needs something in every batch, so in place of all its neighbours serve.
+                nothing = not examples and not queue
+                if self.augment and nothing and len(failed) < 100:
+                    queue.append((i + 1) % len(self.utterances))
+        return collate(examples, failed, self.tokenizer is not None)
+
+    def read(self, number, i):
+        """Utterance i in the epoch `number` -> Example
+
+        Raises UserError if it cannot be read, is silent, or has too long a text.
+        """
+        u = self.utterances[i]
+        waveform = load_audio(u.path, u.offset, u.seconds)
+        if self.augment and waveform.abs().max() < SILENT:
+            raise UserError(f"{u.path}: silence, nothing to learn from")
+
+        # What is random here depends on nothing that was drawn before.
+        speed = 1.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(self.seed, number, i))
+            if tuple(self.speeds) != (1.0,):
+                speed = self.speeds[torch.randint(len(self.speeds), ()).item()]
+                waveform = perturb_speed(waveform, speed)
+            features = log_mel(waveform)
+            if self.augment and self.spec_augment:
+                features = spec_augment(features, self.spec_augment)
+
+        labels = []
+        if self.tokenizer:
+            labels = self.tokenizer.encode(normalise(u.text or "")).ids
+        # CTC needs a frame of the student (4 of log-mel) for every label.
+        if len(labels) > len(features) // 4:
+            text = f"its transcript of {len(labels)} tokens"
+            raise UserError(f"{u.path}: {text} is too long for its {u.seconds:.1f} s")
+        labels = torch.tensor(labels, dtype=torch.long)
+        embeddings = [cache(u, speed) for cache in self.caches]
+        return Example(u, waveform, features, labels, embeddings)
 
 
-def _quiet_worker(_):
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # to stop is the main process's business: it saves first
-        signal.signal(number, signal.SIG_IGN)
+class Epoch(torch.utils.data.Dataset):
+    """What DataLoader's workers ask for the batches of one epoch"""
 
-
-class _Dataset(torch.utils.data.Dataset):
     def __init__(self, loader, number):
-        self.loader, self.number = loader, number
+        self.loader = loader
+        self.number = number
 
     def __getitem__(self, indices):
-        loader, kept, failed, queue = self.loader, [], [], list(indices)
-        while queue:
-            i = queue.pop(0)
-            try:
-                kept.append((loader.utterances[i], *self.read(i)))
-            except UserError as error:  # one bad file never ends a run
-                failed.append(str(error))
-                # training needs something in every batch: take a neighbour
-                if loader.augment and not queue and not kept and len(failed) < 100:
-                    queue.append((i + 1) % len(loader.utterances))
-        if not kept:
-            return Batch([], torch.zeros(0, 0, 80), torch.zeros(0), None, None, None, None, 0.0, [], tuple(failed))
-        utterances, waves, features, labels, embeddings = zip(*kept)
-        targets = target_lengths = None
-        if loader.tokenizer:
-            targets, target_lengths = pad_sequence(labels, batch_first=True), torch.tensor([len(x) for x in labels])
-        return Batch([u.id for u in utterances], pad_sequence(features, batch_first=True),
-                     torch.tensor([len(f) for f in features]), [*waves] if loader.waveforms else None, targets,
-                     target_lengths, torch.tensor([u.weight for u in utterances]), sum(map(len, waves)) / SAMPLE_RATE,
-                     [u.text for u in utterances], tuple(failed),
-                     [pad_sequence(rows, batch_first=True) for rows in zip(*embeddings)] or None)
-
-    def read(self, i):
-        """Utterance i as this epoch hears it -> waveform (S,), features (F, 80), labels (U,), [embedding, ...]"""
-        loader, u, speed = self.loader, self.loader.utterances[i], 1.0
-        waveform = load_audio(u.path)
-        if loader.augment and waveform.abs().max() < SILENT:
-            raise UserError(f"{u.path}: silence, nothing to learn from")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(loader.seed, self.number, i))
-            if tuple(loader.speeds) != (1.0,):
-                speed = loader.speeds[torch.randint(len(loader.speeds), ()).item()]
-                waveform = _speed(speed)(waveform)[0]
-            mel = log_mel(waveform)
-            features = spec_augment(mel, loader.masks) if loader.augment and loader.masks else mel
-        labels = loader.tokenizer.encode(normalise(u.text or "")).ids if loader.tokenizer else []
-        if len(labels) > len(mel) // 4:  # of CTC no path would be left
-            raise UserError(f"{u.path}: its transcript of {len(labels)} tokens is too long for its {u.seconds:.1f} s")
-        return waveform, features, torch.tensor(labels, dtype=torch.long), [cache(u, speed) for cache in loader.caches]
+        return self.loader.load(self.number, indices)
 
 
-# ---------------------------------------------------------------------------- python data.py download | check
-
-def download(part, folder):
-    """Fetch, verify and unpack a part of LibriSpeech (CC BY 4.0); a broken download goes on where it stopped."""
-    from torchaudio.datasets.librispeech import _CHECKSUMS
-    sources = {Path(url).name.removesuffix(".tar.gz"): (url, sha) for url, sha in _CHECKSUMS.items()}
-    if part not in sources:
-        raise UserError(f"LibriSpeech has no part {part!r}; choose one of {', '.join(sources)}")
-    url, sha = sources[part]
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "LibriSpeech" / part / ".complete").exists():
-        return print(f"{folder / 'LibriSpeech' / part} is already there")
-    archive = folder / f"{part}.tar.gz.part"
-    archive.touch()
-    have = archive.stat().st_size
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-    try:
-        with (urllib.request.urlopen(request, timeout=60) as response,
-              open(archive, "ab" if response.status == 206 else "wb") as file):
-            total = int(response.headers.get("Content-Length", 0)) + (have if response.status == 206 else 0)
-            with tqdm(desc=part, total=total, initial=total and file.tell(), unit="B", unit_scale=True) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-                if total and file.tell() < total:
-                    raise OSError("the connection ended early")
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is missing
-            raise UserError(f"{url}: the server says {error.code} {error.reason}; try again later")
-    except OSError as error:
-        raise UserError(f"{url}: {error}; run the same command again to go on from {archive.stat().st_size} bytes")
-    with open(archive, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha:
-            archive.unlink()
-            raise UserError(f"{archive}: the checksum is wrong and the file was deleted; run the same command again")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    (folder / "LibriSpeech" / part / ".complete").touch()
-    archive.unlink()
-    print(f"{folder / 'LibriSpeech' / part} is ready")
+def collate(examples, failed, transcribed):
+    """Examples -> a Batch, which is of length 0 if there are none, or a TranscribedBatch"""
+    features = [x.features for x in examples]
+    waveforms = [x.waveform for x in examples]
+    caches = zip(*[x.embeddings for x in examples])
+    entries = dict(
+        utterances=[x.utterance for x in examples],
+        features=pad(features, torch.zeros(0, 0, 80)),
+        feature_lengths=lengths_of(features),
+        seconds=sum(map(len, waveforms)) / SAMPLE_RATE,
+        failed=failed,
+        waveforms=waveforms,
+        embeddings=[pad(rows, None) for rows in caches],
+    )
+    if not transcribed:
+        return Batch(**entries)
+    labels = [x.labels for x in examples]
+    return TranscribedBatch(
+        **entries,
+        targets=pad(labels, torch.zeros(0, 0, dtype=torch.long)),
+        target_lengths=lengths_of(labels),
+        weights=torch.tensor([x.utterance.weight for x in examples]),
+    )
 
 
-def check(sources):
-    """Read every file whole; print what is wrong and what there is. -> number of problems"""
-    count = 0
-    for source in sources:
-        utterances, problems = scan(source)
-        for u in tqdm(utterances, desc=str(source), unit="file"):
-            try:
-                waveform = load_audio(u.path)
-                if waveform.abs().max() < SILENT:
-                    raise UserError(f"{u.path}: silence")
-                if u.text is not None and not normalise(u.text):
-                    raise UserError(f"{u.path}: its transcript is empty")
-                if u.seconds > LONGEST:
-                    raise UserError(f"{u.path}: {u.seconds:.0f} s; training uses at most {LONGEST:.0f} s, cut it up")
-            except UserError as error:
-                problems.append(str(error))
-        print("\n".join(problems) or f"{source}: nothing wrong")
-        count += len(problems)
-        if utterances:
-            seconds = sorted(u.seconds for u in utterances)
-            letters = "".join(sorted({c for u in utterances for c in normalise(u.text or "")})) or "none"
-            print(f"{source}: {summary(utterances)}, {seconds[0]:.1f} to {seconds[-1]:.1f} s (median "
-                  f"{seconds[len(seconds) // 2]:.1f}), {sum(u.text is not None for u in utterances)} transcribed, "
-                  f"characters: {letters}")
-    print(f"{count} problem{'s' * (count != 1)}")
-    return count
+def pad(rows, empty):
+    """Tensors of different lengths -> one, padded with 0; of none, `empty`"""
+    return pad_sequence(rows, batch_first=True) if rows else empty
 
 
-@polite
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("download", help="fetch a part of LibriSpeech")
-    command.add_argument("part", nargs="+", help="dev-clean, test-clean, train-clean-100, ...")
-    command.add_argument("--to", default=".", help="where the folder LibriSpeech/ shall lie (default: here)")
-    command = commands.add_parser("check", help="read every file of a source and report")
-    command.add_argument("source", nargs="+")
-    args = parser.parse_args(argv)
-    if args.command == "check":
-        return 1 if check(args.source) else 0
-    for part in args.part:
-        download(part, args.to)
+def lengths_of(rows):
+    return torch.tensor([len(row) for row in rows], dtype=torch.long)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def mix(*numbers):
+    """Several integers -> one seed"""
+    return hash(numbers) % 2**63
+
+
+def prepare_worker(_):
+    """What a process that reads audio does first."""
+    torch.set_num_threads(1)
+    # A signal to stop is for the main process, which still needs batches until it has saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,276 +1,318 @@
-"""The student and what it is saved in: Conformer encoder, heads, predictor, joiner, CTC head, checkpoints.
+"""The student and everything differentiable: encoder, heads, transducer, losses, checkpoints.
 
-Axes: B batch, F feature frames (100 Hz), T encoder frames (25 Hz), U labels, V vocabulary with blank 0, d encoder
-width, D teacher width.
+    features (B, F, 80) --encoder--> hidden (B, T, d) --heads[k]--> embedding of teacher k (B, T, D_k)   stage 1
+                                         |--ctc--> (B, T, V)
+                                         '--joiner( . , predictor(labels))--> (B, T, U+1, V)             stage 2
 
-    features (B, F, 80) --encoder--> hidden (B, T, d) --heads[k]--> teacher k's embedding (B, T, D_k)        stage 1
-                                            |--ctc--> (B, T, V)
-                                            '--joiner( . , predictor(labels))--> (B, T, U+1, V)              stage 2
+Axes: B batch, F feature frames (100 Hz), T encoder frames (25 Hz), U labels, V vocabulary with
+blank 0, d width of the encoder, D width of a teacher, P width of the predictor, J of the joiner.
 """
+
 import os
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from losses import BLANK, transducer_loss, valid_mask  # noqa: F401 - model.transducer_loss is a public name
-from run import UserError
+from tools.command_line import UserError
+
+BLANK = 0  # the label that a transducer and CTC emit where there is nothing to write
+RANDOM_CHUNK = -1  # Config.chunk of a student for both: streaming and whole utterances
+RANDOM_CHUNKS = (0, 0, 0, 0, 4, 8, 16, 32)  # one is drawn for each batch (as arXiv 2012.05481)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Plain values that rebuild a Student; stored in every checkpoint."""
-    dim: int = 144                  # d, encoder width
-    layers: int = 4
-    heads: int = 4
-    kernel: int = 31                # depthwise convolution, encoder frames
-    chunk: int = 0                  # encoder frames that a streaming student hears at once; 0: the whole utterance
-    left: int = 64                  # encoder frames before its chunk that attention sees
-    expansion: int = 4              # feed-forward width / dim
-    channels: int = 64              # of the convolutional subsampling
-    dropout: float = 0.1
-    feature_dim: int = 80           # log-mel bins
-    head_dims: tuple = ()           # D_k of each teacher's projection head; () after stage 1
-    vocab_size: int = 0             # V, blank included; 0 in stage 1: no predictor, joiner, CTC head
-    predictor: str = "lstm"         # or "stateless"
-    predictor_dim: int = 256
-    predictor_dropout: float = 0.3  # it sees few texts and must not learn them by heart
-    joiner_dim: int = 256
-    conditioned: tuple = ()         # blocks, 1 the first, that hear what they would write
-    simple_joiner: bool = False     # only for training with the pruned loss
-    seconds: float = 12.0           # of a typical utterance in training; longer recordings are heard in such pieces
+    """Plain values that rebuild a Student. Every checkpoint holds them."""
 
-    @property
-    def listening(self):
-        """How it hears, in words."""
-        return {0: "hears whole utterances",
-                RANDOM: f"hears whole utterances or streams, {self.left} frames of left context"}.get(
-            self.chunk, f"streams in chunks of {self.chunk} frames ({40 * self.chunk} ms), {self.left} of left context")
+    dim: int = 144  # d, width of the encoder
+    layers: int = 4
+    attention_heads: int = 4
+    kernel: int = 31  # of the depthwise convolution, encoder frames
+    chunk: int = (
+        0  # encoder frames that a streaming student encodes at once; 0: the whole utterance
+    )
+    left: int = 64  # encoder frames before its chunk that attention sees
+    expansion: int = 4  # width of the feed-forward layers / dim
+    channels: int = 64  # of the convolutional subsampling
+    dropout: float = 0.1
+    feature_dim: int = 80  # log-mel bins
+    head_dims: tuple = ()  # D_k of each projection head; () after stage 1
+    vocab_size: int = 0  # V with blank; 0 in stage 1: no predictor, joiner, CTC head
+    predictor_dim: int = 256
+    predictor_dropout: float = 0.3  # the predictor sees few texts and must not learn them by heart
+    joiner_dim: int = 256
+    seconds: float = 12.0  # of a typical training utterance; longer audio is encoded in such pieces
+
+    def describes_input(self):
+        """What the student encodes at once, in words."""
+        if self.chunk == 0:
+            return "encodes whole utterances"
+        if self.chunk == RANDOM_CHUNK:
+            return f"encodes whole utterances or streams, {self.left} frames of left context"
+        milliseconds = 40 * self.chunk
+        return (
+            f"streams in chunks of {self.chunk} frames ({milliseconds} ms), {self.left} before it"
+        )
 
 
 PRESETS = {  # parameters with a vocabulary of 256
-    "nano": Config(),                                                                                    # 3.0 M
-    "small": Config(layers=16, channels=144, predictor_dim=320, joiner_dim=320),                        # 9.5 M
-    "medium": Config(dim=256, layers=16, channels=256, predictor_dim=640, joiner_dim=640),              # 31 M
-    "large": Config(dim=512, layers=17, heads=8, channels=512, predictor_dim=640, joiner_dim=640),      # 115 M
+    "nano": Config(),  # 3.0 M
+    "small": Config(layers=16, predictor_dim=320, joiner_dim=320, channels=144),  # 9.5 M
+    "medium": Config(dim=256, layers=16, predictor_dim=640, joiner_dim=640, channels=256),  # 31 M
+    "large": Config(
+        dim=512, layers=17, attention_heads=8, predictor_dim=640, joiner_dim=640, channels=512
+    ),  # 115 M
 }
 
 
-RANDOM = -1                                      # Config.chunk of a student trained to stream and to hear the whole
-RANDOM_CHUNKS = 0, 0, 0, 0, 4, 8, 16, 32         # one is drawn for each batch, half of them whole (as arXiv 2012.05481)
-
-
 def chunk_size(text):
-    """What --chunk takes: encoder frames of 40 ms, or "random"."""
-    if text != "random" and int(text) < 0:
+    """argparse type of --chunk: encoder frames of 40 ms, or "random"."""
+    if text == "random":
+        return RANDOM_CHUNK
+    if int(text) < 0:
         raise ValueError(text)
-    return RANDOM if text == "random" else int(text)
+    return int(text)
 
 
-# ---------------------------------------------------------------------------- Conformer (arXiv 2005.08100)
+def valid_mask(lengths, size):
+    """lengths (B,) -> (B, size) bool, True on frames that exist"""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+# ---------------------------------------- Conformer (arXiv 2005.08100)
+
 
 class Subsampling(nn.Module):
     """Two 3x3 convolutions of stride 2: (B, F, 80) at 100 Hz -> (B, T, d) at 25 Hz, T = ceil(F / 2) // 2.
 
-    The second one pads only on the right, which centres frame t on feature frame 4t + 2, the middle of its 40 ms: the
-    same instant on which the teachers' embeddings of frame t are centred.
+    The second one pads only on the right. That centres frame t on feature frame 4t + 2, the middle
+    of its 40 ms: the instant on which the teachers' embeddings of frame t are centred.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, config.channels, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(config.channels, config.channels, 3, stride=2, padding=(0, 1))
-        self.out = nn.Linear(config.channels * (config.feature_dim // 4), config.dim)
+        channels = config.channels
+        self.conv1 = nn.Conv2d(1, channels, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=2, padding=(0, 1))
+        self.out = nn.Linear(channels * (config.feature_dim // 4), config.dim)
 
     def forward(self, features, lengths):
-        # what lies behind an utterance must not leak in
+        """features (B, F, 80), lengths (B,) -> (B, T, d), lengths (B,)"""
+        # What lies behind the end of an utterance must not leak in, so it is zero before each step.
         x = features * valid_mask(lengths, features.shape[1])[..., None]
-        x = F.relu(self.conv1(x[:, None]))                                             # (B, C, F/2, 40)
+        x = F.relu(self.conv1(x[:, None]))  # (B, C, F/2, 40)
         lengths = (lengths + 1) // 2
         x = x * valid_mask(lengths, x.shape[2])[:, None, :, None]
-        x = F.relu(self.conv2(F.pad(x, (0, 0, 0, 1))))                                 # (B, C, T, 20)
+        x = F.relu(self.conv2(F.pad(x, (0, 0, 0, 1))))  # (B, C, T, 20)
         return self.out(x.transpose(1, 2).flatten(2)), lengths // 2
 
 
 def rotary(x, positions):
-    """Rotary positions (arXiv 2104.09864). x (B, H, T, c), positions (T,): relative order enters the attention without
-    a table."""
+    """Rotary positions (arXiv 2104.09864): x (B, H, T, c), positions (T,) -> (B, H, T, c)
+
+    The relative order of two frames then enters their attention without a table.
+    """
     half = x.shape[-1] // 2
     frequencies = 10000 ** (-torch.arange(half, device=x.device) / half)
-    angles = positions[:, None] * frequencies                                          # (T, c/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+    angles = positions[:, None] * frequencies  # (T, c/2)
+    cos = angles.cos().to(x.dtype)
+    sin = angles.sin().to(x.dtype)
+    a, b = x.split(half, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.heads = config.heads
+        self.attention_heads = config.attention_heads
         self.norm = nn.LayerNorm(config.dim)
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
     def forward(self, x, mask, past=None):
-        """x (B, T, d), mask (B, 1, 1 or T, T) bool, True where a query may look at a key -> (B, T, d), keys and values.
+        """x (B, T, d), mask (B, 1, 1 or T, T) bool, True where a query may attend to a key
+        -> (B, T, d), keys and values (2, B, H, L + T, c)
 
-        past: keys and values (2, B, H, L, c) of L frames before x, all of which may be looked at. They carry no
-        positions: those are counted from the first key here, which is as good because only differences matter.
+        past: keys and values (2, B, H, L, c) of L frames before x. They carry no positions: those
+        are counted from the first key, which is as good because only differences matter.
         """
         B, T, d = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        q, kv = qkv[0], qkv[1:] if past is None else torch.cat([past, qkv[1:]], dim=3)
-        k, v = kv
-        positions = torch.arange(k.shape[2], device=x.device)
-        x = F.scaled_dot_product_attention(rotary(q, positions[-T:]), rotary(k, positions), v, mask)
-        return self.out(x.transpose(1, 2).reshape(B, T, d)), kv
+        H = self.attention_heads
+        qkv = self.qkv(self.norm(x)).view(B, T, 3, H, d // H)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, c)
+        query = qkv[0]
+        keys_values = qkv[1:]
+        if past is not None:
+            keys_values = torch.cat([past, keys_values], dim=3)
+        keys, values = keys_values
+        positions = torch.arange(keys.shape[2], device=x.device)
+        query = rotary(query, positions[-T:])
+        keys = rotary(keys, positions)
+        x = F.scaled_dot_product_attention(query, keys, values, mask)
+        return self.out(x.transpose(1, 2).reshape(B, T, d)), keys_values
 
 
 class Convolution(nn.Module):
-    """Pointwise + GLU, depthwise, LayerNorm (not BatchNorm: its statistics would mix utterances and padding),
-    pointwise. Causal in a student that streams."""
+    """Pointwise + GLU, depthwise, LayerNorm, pointwise; causal in a student that streams.
+
+    Not BatchNorm: its statistics would mix utterances and padding.
+    """
 
     def __init__(self, config):
         super().__init__()
+        dim = config.dim
+        kernel = config.kernel
         self.causal = config.chunk != 0
-        self.norm = nn.LayerNorm(config.dim)
-        self.expand = nn.Linear(config.dim, 2 * config.dim)
-        self.depthwise = nn.Conv1d(config.dim, config.dim, config.kernel, groups=config.dim,
-                                   padding=0 if self.causal else config.kernel // 2)
-        self.depthwise_norm = nn.LayerNorm(config.dim)
-        self.out = nn.Linear(config.dim, config.dim)
+        self.norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, 2 * dim)
+        padding = 0 if self.causal else kernel // 2
+        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=padding, groups=dim)
+        self.depthwise_norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, dim)
 
     def forward(self, x, valid, past=None):
-        """x (B, T, d), valid (B, T) bool, past (B, d, kernel - 1): what the depthwise convolution heard before x, zeros
-        at the start -> (B, T, d), the next past."""
-        # zeros behind the end, as at the edge of a lone utterance
-        x = (F.glu(self.expand(self.norm(x))) * valid[..., None]).transpose(1, 2)
+        """x (B, T, d), valid (B, T) bool -> (B, T, d), the past of the next frames
+
+        past (B, d, kernel - 1): what the depthwise convolution saw before x, zeros at the start.
+        """
+        # Zeros behind the end of an utterance, as at the edge of a lone one.
+        x = F.glu(self.expand(self.norm(x))) * valid[..., None]
+        x = x.transpose(1, 2)
         if self.causal:
             before = self.depthwise.kernel_size[0] - 1
-            x = F.pad(x, (before, 0)) if past is None else torch.cat([past, x], dim=2)
-            past = x[:, :, x.shape[2] - before:]
+            if past is None:
+                x = F.pad(x, (before, 0))
+            else:
+                x = torch.cat([past, x], dim=2)
+            past = x[:, :, x.shape[2] - before :]
         x = self.depthwise(x).transpose(1, 2)
         return self.out(F.silu(self.depthwise_norm(x))), past
 
 
 def feed_forward(config):
-    return nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, config.expansion * config.dim), nn.SiLU(),
-                         nn.Dropout(config.dropout), nn.Linear(config.expansion * config.dim, config.dim))
-
-
-class Condition(nn.Module):
-    """x + Linear(softmax(CTC(x))): what a layer would write becomes what the next one hears (self-conditioned CTC,
-    arXiv 2104.02724). [ours] a CTC head of its own instead of the last layer's; nothing is fed back at first, so an
-    encoder of stage 1 starts as it was."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.ctc, self.back = nn.Linear(config.dim, config.vocab_size), nn.Linear(config.vocab_size, config.dim)
-        nn.init.zeros_(self.back.weight)
-        nn.init.zeros_(self.back.bias)
-
-    def forward(self, x):
-        """(B, T, d) -> (B, T, d)"""
-        return x + self.back(self.ctc(x).softmax(-1))
+    width = config.expansion * config.dim
+    return nn.Sequential(
+        nn.LayerNorm(config.dim),
+        nn.Linear(config.dim, width),
+        nn.SiLU(),
+        nn.Dropout(config.dropout),
+        nn.Linear(width, config.dim),
+    )
 
 
 class Block(nn.Module):
-    def __init__(self, config, conditioned=False):
+    def __init__(self, config):
         super().__init__()
-        self.feed_forward1, self.feed_forward2 = feed_forward(config), feed_forward(config)
-        self.attention, self.convolution = Attention(config), Convolution(config)
-        self.norm, self.dropout = nn.LayerNorm(config.dim), nn.Dropout(config.dropout)
-        self.condition = Condition(config) if conditioned else nn.Identity()
+        self.feed_forward1 = feed_forward(config)
+        self.feed_forward2 = feed_forward(config)
+        self.attention = Attention(config)
+        self.convolution = Convolution(config)
+        self.norm = nn.LayerNorm(config.dim)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask, valid, past=(None, None)):
-        """past: what attention and convolution remember of the frames before x -> (B, T, d), the same of all so far."""
+        """x (B, T, d) -> (B, T, d), past; past: what attention and convolution keep of frames before x"""
         x = x + 0.5 * self.dropout(self.feed_forward1(x))
-        y, keys = self.attention(x, mask, past[0])
+        y, keys_values = self.attention(x, mask, past[0])
         x = x + self.dropout(y)
-        y, heard = self.convolution(x, valid, past[1])
+        y, convolved = self.convolution(x, valid, past[1])
         x = x + self.dropout(y)
         x = x + 0.5 * self.dropout(self.feed_forward2(x))
-        return self.condition(self.norm(x)), (keys, heard)
+        return self.norm(x), (keys_values, convolved)
 
 
 class Encoder(nn.Module):
-    """features (B, F, 80), lengths (B,) -> hidden (B, T, d), lengths (B,). An utterance's output does not depend on its
-    batch.
-
-    chunk: frames heard at once, instead of config.chunk. The attention of a chunk sees the whole chunk and config.left
-    frames before it, the convolutions look back only: `stream` gives the same output chunk by chunk.
-    """
+    """Log-mel features to hidden states. An utterance's output does not depend on its batch."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.subsampling, self.dropout = Subsampling(config), nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, k in config.conditioned) for k in range(1, config.layers + 1))
+        self.subsampling = Subsampling(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
 
     def forward(self, features, lengths, chunk=None):
+        """features (B, F, 80), lengths (B,) -> hidden (B, T, d), lengths (B,)
+
+        chunk: frames encoded at once, instead of config.chunk.
+        """
+        layers, lengths = self.encode_layers(features, lengths, chunk)
+        return layers[-1], lengths
+
+    def encode_layers(self, features, lengths, chunk=None):
+        """The same -> list of the outputs (B, T, d) of all blocks, lengths (B,)"""
         x, lengths = self.subsampling(features, lengths)
         valid = valid_mask(lengths, x.shape[1])
-        mask = valid[:, None, None, :]
-        chunk = self.config.chunk if chunk is None else chunk
-        if chunk == RANDOM:  # torch's own generator, which every training step seeds: a resumed run draws the same
-            chunk = RANDOM_CHUNKS[torch.randint(len(RANDOM_CHUNKS), ()).item()] if self.training else 0
-        if chunk:
-            t = torch.arange(x.shape[1], device=x.device)
-            start = (t // chunk * chunk)[:, None]
-            mask = mask & (start - self.config.left <= t) & (t < start + chunk) | (t == t[:, None])  # padding: itself
+        mask = self.attention_mask(valid, chunk)
         x = self.dropout(x)
+        layers = []
         for block in self.blocks:
             x, _ = block(x, mask, valid)
-        return x, lengths
+            layers.append(x)
+        return layers, lengths
+
+    def attention_mask(self, valid, chunk=None):
+        """valid (B, T) -> (B, 1, 1 or T, T) bool: a frame attends to all of its utterance, or, in a
+        student that streams, to all of its chunk and config.left frames before it."""
+        mask = valid[:, None, None, :]
+        chunk = self.config.chunk if chunk is None else chunk
+        if chunk == RANDOM_CHUNK:
+            # torch's own generator, which is seeded before each batch: a resumed run draws the same.
+            chunk = 0
+            if self.training:
+                chunk = RANDOM_CHUNKS[torch.randint(len(RANDOM_CHUNKS), ()).item()]
+        if chunk == 0:
+            return mask
+        t = torch.arange(valid.shape[1], device=valid.device)
+        start = (t // chunk * chunk)[:, None]  # of each query's chunk
+        near = (start - self.config.left <= t) & (t < start + chunk)
+        itself = t == t[:, None]  # a frame of the padding attends to itself, or softmax gives NaN
+        return mask & near | itself
 
     def stream(self, x, past=None):
-        """One more chunk of subsampled features (B, C, d) -> hidden (B, C, d), the past of the next chunk. What is kept
-        is as long as config.left and config.kernel say, however long the audio."""
-        valid, kept = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), []
-        for block, before in zip(self.blocks, past or [(None, None)] * len(self.blocks)):
-            x, (keys, heard) = block(x, None, valid, before)
-            kept.append((keys[:, :, :, max(0, keys.shape[3] - self.config.left):], heard))
+        """One more chunk of subsampled features (B, C, d) -> hidden (B, C, d), the past of the next
+
+        Equal to `forward` with that chunk. What is kept has the length that config.left and
+        config.kernel give, however long the audio.
+        """
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        past = past or [(None, None)] * len(self.blocks)
+        kept = []
+        for block, before in zip(self.blocks, past):
+            x, (keys_values, convolved) = block(x, None, valid, before)
+            surplus = max(0, keys_values.shape[3] - self.config.left)
+            kept.append((keys_values[:, :, :, surplus:], convolved))
         return x, kept
 
 
-# ---------------------------------------------------------------------------- transducer parts (arXiv 1211.3711)
-
-class StatelessPredictor(nn.Module):
-    """Sees the last two labels only (arXiv 2109.07513, "reduced" predictor): little to overfit, and its state is one
-    label."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.predictor_dim)
-        self.mix = nn.Conv1d(config.predictor_dim, config.predictor_dim, 2, groups=config.predictor_dim)
-
-    def forward(self, labels, state=None):
-        """labels (B, U), state (B, 1) the label before them -> (B, U, P), state. A sequence starts with blank. The
-        first axis of a state is the batch, so a search picks rows by an index."""
-        labels = torch.cat([torch.full_like(labels[:, :1], BLANK) if state is None else state, labels], dim=1)
-        return F.relu(self.mix(self.embedding(labels).transpose(1, 2)).transpose(1, 2)), labels[:, -1:]
+# ---------------------------------------- transducer (arXiv 1211.3711)
 
 
-class LSTMPredictor(nn.Module):
+class Predictor(nn.Module):
+    """An LSTM over the labels written so far."""
+
     def __init__(self, config):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.predictor_dim)
         self.lstm = nn.LSTM(config.predictor_dim, config.predictor_dim, batch_first=True)
 
     def forward(self, labels, state=None):
-        """labels (B, U), U = 1 with a state (B, 2, P) of the LSTM -> (B, U, P), state. One more label goes through the
-        bare cell: for a single step the kernel of the whole LSTM is several times slower."""
+        """labels (B, U) -> (B, U, P), state (B, 2, P); with a state U is 1
+
+        The first axis of a state is the batch, so a search picks rows of it by an index.
+        """
         x = self.embedding(labels)
         if state is None:
             x, (h, c) = self.lstm(x)
-            h, c = h[0], c[0]
-        else:
-            h, c = torch.lstm_cell(x[:, 0], state.unbind(1), *self.lstm.all_weights[0])
-            x = h[:, None]
-        return x, torch.stack([h, c], dim=1)
+            return x, torch.stack([h[0], c[0]], dim=1)
+        # One more label: the bare cell, because the LSTM's kernel is several times slower for one.
+        h, c = torch.lstm_cell(x[:, 0], state.unbind(1), *self.lstm.all_weights[0])
+        return h[:, None], torch.stack([h, c], dim=1)
 
 
 class Joiner(nn.Module):
@@ -284,109 +326,448 @@ class Joiner(nn.Module):
 
     def forward(self, hidden, predicted):
         """hidden (B, T, d), predicted (B, U+1, P) -> logits (B, T, U+1, V)"""
-        return self.join(self.encoder(hidden)[:, :, None], self.predictor(predicted)[:, None])
+        encoded = self.encoder(hidden)[:, :, None]
+        predicted = self.predictor(predicted)[:, None]
+        return self.join(encoded, predicted)
 
     def join(self, encoded, predicted):
-        """The same from projected inputs of any shapes that broadcast, (..., J) -> (..., V)"""
-        return self.out((encoded + predicted).tanh_())
+        """Projected inputs of any shapes that broadcast, (..., J) -> logits (..., V)"""
+        return self.out(self.combine(encoded, predicted))
+
+    @staticmethod
+    def combine(encoded, predicted):
+        """Projected inputs of any shapes that broadcast, (..., J) -> what `out` reads, (..., J)"""
+        return (encoded + predicted).tanh_()
 
 
-class SimpleJoiner(nn.Module):
-    """Two linear maps whose sum is a joiner: it shows the pruned loss where to look (arXiv 2206.13236), no more."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.encoder = nn.Linear(config.dim, config.vocab_size)
-        self.predictor = nn.Linear(config.predictor_dim, config.vocab_size)
-
-    def forward(self, hidden, predicted):
-        """hidden (B, T, d), predicted (B, U+1, P) -> (B, T, V), (B, U+1, V)"""
-        return self.encoder(hidden), self.predictor(predicted)
+def projection_head(config, teacher_dim):
+    """What reads a teacher's embedding off the student: p_k = Linear_k(h) [ours: one per teacher]."""
+    return nn.Linear(config.dim, teacher_dim)
 
 
 class Student(nn.Module):
-    """Encoder, one projection head per teacher (stage 1), predictor + joiner + CTC head (stage 2): what the config asks
-    for."""
+    """Encoder; projection heads (stage 1); predictor, joiner and CTC head (stage 2).
+
+    The config decides which of these there are.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.heads = nn.ModuleList(nn.Linear(config.dim, dim) for dim in config.head_dims)
+        self.heads = nn.ModuleList([projection_head(config, dim) for dim in config.head_dims])
         if config.vocab_size:
-            self.predictor = {"stateless": StatelessPredictor, "lstm": LSTMPredictor}[config.predictor](config)
+            self.predictor = Predictor(config)
             self.joiner = Joiner(config)
-            if config.simple_joiner:
-                self.simple_joiner = SimpleJoiner(config)
             self.ctc = nn.Linear(config.dim, config.vocab_size)
 
     def predict(self, targets):
-        """targets (B, U) -> predictor outputs (B, U+1, P): one before the first label, one after each."""
-        return F.dropout(self.predictor(F.pad(targets, (1, 0), value=BLANK))[0], self.config.predictor_dropout,
-                         self.training)
+        """targets (B, U) -> (B, U+1, P): the predictor before the first label and after each"""
+        labels = F.pad(targets, (1, 0), value=BLANK)
+        predicted, _ = self.predictor(labels)
+        return F.dropout(predicted, self.config.predictor_dropout, self.training)
 
     @property
     def parameter_count(self):
         return sum(p.numel() for p in self.parameters())
 
 
-# ---------------------------------------------------------------------------- checkpoints
+class Token(NamedTuple):
+    """A label that a student wrote."""
+
+    label: int
+    frame: int  # encoder frame of 40 ms at which it was emitted
+    probability: float  # of this label there, given the audio and the labels before
+
+
+@dataclass
+class Hypothesis:
+    """What a student may have written of an utterance."""
+
+    tokens: list  # of Token
+    score: float = 0.0  # log-probability
+
+
+# ---------------------------------------- losses
+
+
+def l1_loss(prediction, target, lengths):
+    """Distance to a teacher (arXiv 2303.10917): sum over valid frames of mean over dimensions |p - e|
+
+    prediction (B, T, D), target (B, T', D), lengths (B,) valid frames -> scalar; divided by the number
+    of frames it is the mean. Student and teacher may differ by a frame or two at the end of an
+    utterance and are cut to the shorter; more is an error of alignment: ValueError.
+    """
+    if abs(prediction.shape[1] - target.shape[1]) > 2:
+        raise ValueError(
+            f"student has {prediction.shape[1]} frames, teacher {target.shape[1]}: they must differ "
+            f"by at most 2"
+        )
+    T = min(prediction.shape[1], target.shape[1])
+    distance = (prediction[:, :T] - target[:, :T]).abs().mean(-1)  # (B, T)
+    return distance.where(valid_mask(lengths, T), 0).sum()
+
+
+def ctc_loss(logits, targets, lengths, target_lengths):
+    """Graves 2006: logits (B, T, V), targets (B, U), lengths (B,) -> (B,)
+
+    0 where an utterance is too short for its targets.
+    """
+    if logits.device.type == "mps":  # torch has no CTC there
+        arguments = [x.cpu() for x in (logits, targets, lengths, target_lengths)]
+        return ctc_loss(*arguments).to(logits.device)
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (T, B, V)
+    return F.ctc_loss(
+        log_probs, targets, lengths, target_lengths, reduction="none", zero_infinity=True
+    )
+
+
+# The transducer loss (Graves 2012, arXiv 1211.3711). A transducer reads T frames and writes U labels.
+# At node (t, u), frame t after u labels, it emits blank and goes to (t+1, u), or the next label and
+# goes to (t, u+1). These two arcs are two entries of the node's log-softmax over V, and nothing else
+# of the (B, T, U+1, V) logits matters. With everything in logs,
+#
+#     alpha(t, u) = logaddexp(alpha(t-1, u) + blank(t-1, u), alpha(t, u-1) + label(t, u-1))     eq. 16
+#     L = -log P(y | x) = -(alpha(T-1, U) + blank(T-1, U))                                      eq. 19
+#
+# and by the chain rule dL/dlogits = sum over arcs of dL/darc * darc/dlogits, where -dL/darc is the
+# posterior probability that an alignment takes the arc (eq. 20). So the loss is made in three steps:
+# read all arcs, piece by piece and without a graph; run the lattice, with a graph on the arcs alone;
+# read the arcs again, now with a graph, and push each piece's gradient through at once. No more than
+# a piece of the logits is in memory at any time.
+
+
+def transducer_loss(logits, targets, logit_lengths, target_lengths, blank=BLANK, reduction="mean"):
+    """-log P(targets | logits), summed over all alignments; value and gradient are exact.
+
+    logits (B, T, U+1, V) float, unnormalised; targets (B, U) int; lengths (B,) int; reduction none |
+    mean | sum, over the batch. A frame may emit several labels, so U may exceed T. What lies behind
+    an utterance's lengths gets no gradient and does no harm, NaN included. The softmax is float32
+    whatever autocast says, the lattice float64; log-probabilities below -1e9 count as -1e9, so a loss
+    of 1e9 or more means that the logits (-inf) leave no path. Second derivatives raise RuntimeError.
+    Raises ValueError naming the argument for shapes, ranges or lengths that do not fit.
+    """
+    if logits.dim() != 4:
+        raise ValueError(f"logits must have shape (B, T, U+1, V), found {tuple(logits.shape)}")
+    targets, T, U = check_lattice(
+        logits.shape, targets, logit_lengths, target_lengths, blank, reduction
+    )
+
+    def select(tensors, b, t, u):
+        [logits] = tensors
+        return [logits[b, t, u]]
+
+    def node_logits(logits):
+        return logits
+
+    V = logits.shape[3]
+    loss = TransducerLoss.apply(node_logits, select, targets, T, U, V, blank, logits)
+    return reduce_batch(loss, reduction)
+
+
+def transducer_loss_from_joiner(
+    joiner, hidden, predicted, targets, logit_lengths, target_lengths, blank=BLANK, reduction="mean"
+):
+    """transducer_loss(joiner(hidden, predicted), ...) without its (B, T, U+1, V) logits
+
+    joiner: Joiner; hidden (B, T, d); predicted (B, U+1, P). Value and gradients are the same, but for
+    nodes that all alignments together visit with a probability below 1e-8: they get no gradient.
+    """
+    V = joiner.out.out_features
+    shape = (*hidden.shape[:2], predicted.shape[1], V)
+    targets, T, U = check_lattice(shape, targets, logit_lengths, target_lengths, blank, reduction)
+
+    def select(tensors, b, t, u):
+        encoded, predicted, weight, bias = tensors
+        return [encoded[b, t], predicted[b, u], weight, bias]
+
+    def node_logits(encoded, predicted, weight, bias):
+        return F.linear(joiner.combine(encoded[:, None], predicted[None]), weight, bias)
+
+    # NaN times a gradient of 0 would be NaN in the gradients of the weights.
+    hidden = hidden.where(valid_mask(T, shape[1])[..., None], 0)
+    predicted = predicted.where(valid_mask(U + 1, shape[2])[..., None], 0)
+    encoded = joiner.encoder(hidden)
+    predicted = joiner.predictor(predicted)
+    tensors = [encoded, predicted, joiner.out.weight, joiner.out.bias]
+    loss = TransducerLoss.apply(node_logits, select, targets, T, U, V, blank, *tensors)
+    return reduce_batch(loss, reduction)
+
+
+class TransducerLoss(torch.autograd.Function):
+    """The three steps above: two in forward, the third in backward -> losses (B,)
+
+    select(tensors, b, t, u): the parts of `tensors` that belong to frames t and labels u (slices) of
+    utterance b, as views; node_logits(*parts) -> the logits (t, u, V) of these nodes.
+    """
+
+    @staticmethod
+    def forward(ctx, node_logits, select, targets, T, U, V, blank, *tensors):
+        device = targets.device
+        ctx.pieces = list(lattice_pieces(T, U, V, device))
+        ctx.functions = node_logits, select
+        ctx.blank = blank
+        ctx.autocast = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+
+        # 1. The arcs of all nodes: log-probabilities of blank and of the next label.
+        arcs = torch.zeros(len(T), int(T.max()), int(U.max()) + 1, 2, device=device)
+        with uncached_autocast(device, *ctx.autocast):
+            for b, t, u in ctx.pieces:
+                logits = node_logits(*select(tensors, b, t, u))
+                arcs[b, t, u] = read_arcs(logits, targets[b, u], blank)
+
+        # 2. The lattice. The gradient of its loss is minus the posterior of each arc.
+        if torch.is_inference_mode_enabled():
+            return lattice_loss(arcs, T, U)
+        with torch.enable_grad():
+            arcs.requires_grad_()
+            loss = lattice_loss(arcs, T, U)
+            [arc_gradients] = torch.autograd.grad(loss.sum(), arcs)
+        ctx.save_for_backward(targets, arc_gradients, *tensors)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradients = TransducerGradient.apply(ctx, upstream, *ctx.saved_tensors)
+        return None, None, None, None, None, None, None, *gradients
+
+
+class TransducerGradient(torch.autograd.Function):
+    """The third step. A function of its own, so that a second derivative raises instead of being wrong."""
+
+    @staticmethod
+    def forward(_, ctx, upstream, targets, arc_gradients, *tensors):
+        node_logits, select = ctx.functions
+        first, last = visited_labels(-arc_gradients.sum(-1))
+        arc_gradients = arc_gradients * upstream[:, None, None, None]
+        gradients = [torch.zeros_like(x) for x in tensors]
+
+        # 3. The chain rule, piece by piece, at the nodes that alignments visit.
+        for b, t, _ in ctx.pieces:
+            u = slice(int(first[b, t].min()), int(last[b, t].max()))
+            if u.start >= u.stop:
+                continue
+            parts = [x.detach().requires_grad_() for x in select(tensors, b, t, u)]
+            with torch.enable_grad(), uncached_autocast(targets.device, *ctx.autocast):
+                arcs = read_arcs(node_logits(*parts), targets[b, u], ctx.blank)
+            piece_gradients = torch.autograd.grad(arcs, parts, arc_gradients[b, t, u])
+            for whole, part in zip(select(gradients, b, t, u), piece_gradients):
+                whole += part
+        return tuple(gradients)
+
+    @staticmethod
+    def backward(_, *upstream):
+        raise RuntimeError("the transducer loss has no second derivative")
+
+
+def read_arcs(logits, labels, blank):
+    """logits (t, u, V), the label that follows each node (u,) -> log-probabilities (t, u, 2) of both arcs"""
+    blanks = torch.full_like(labels, blank)
+    arcs = torch.stack([blanks, labels], dim=-1).expand(*logits.shape[:2], 2)
+    log_probs = logits.log_softmax(-1, dtype=torch.float32).gather(-1, arcs)
+    if log_probs.isnan().any():
+        # The softmax of nothing but -inf is NaN, but such a node is only closed.
+        closed = logits.gather(-1, arcs) == -torch.inf
+        finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+        log_probs = finite.log_softmax(-1, dtype=torch.float32).gather(-1, arcs)
+        log_probs = log_probs.masked_fill(closed, -torch.inf)
+    return log_probs
+
+
+def lattice_loss(arcs, T, U):
+    """arcs (B, T, U+1, 2), lengths T and U (B,) -> -log P (B,)
+
+    For one u, the recursion along t (eq. 16) is a cumulative log-sum-exp: with
+    S(t, u) = blank(0, u) + ... + blank(t-1, u),
+
+        alpha(t, u) = S(t, u) + log sum_{k <= t} exp(alpha(k, u-1) + label(k, u-1) - S(k, u)),
+
+    so U steps over whole rows of frames do the work of T x U.
+    """
+    if arcs.device.type == "mps":  # it has no float64
+        return lattice_loss(arcs.cpu(), T.cpu(), U.cpu()).to(arcs.device)
+    arcs = arcs.double().clamp(min=-1e9)  # finite, because blanks are summed along the frames
+    B, frames, labels, _ = arcs.shape
+    inside = valid_mask(T, frames)[:, None] & valid_mask(U + 1, labels)[..., None]  # (B, U+1, T)
+    blank, label = arcs.permute(3, 0, 2, 1).where(inside, 0)  # (B, U+1, T) each
+    S = blank.cumsum(2) - blank
+    # unbind, because the backward of each slice would make a whole tensor of zeros.
+    S_of = S.unbind(1)
+    label_of = label.unbind(1)
+    alpha = [S_of[0]]
+    for u in range(1, labels):
+        arriving = alpha[u - 1] + label_of[u - 1] - S_of[u]
+        alpha.append(S_of[u] + arriving.logcumsumexp(1))
+    alpha = torch.stack(alpha, dim=1)
+    end = (torch.arange(B, device=T.device), U, T - 1)
+    return -(alpha[end] + blank[end]).float()
+
+
+def lattice_pieces(T, U, V, device):
+    """The nodes of each utterance in pieces: (b, slice of frames, slice of labels). No padding is read.
+
+    A piece fits the cache of a CPU; a GPU wants few and large ones.
+    """
+    nodes = (2**19 if device.type == "cpu" else 2**25) // V
+    for b, (frames, labels) in enumerate(zip(T.tolist(), U.tolist())):
+        step = max(1, nodes // (labels + 1))
+        for start in range(0, frames, step):
+            yield b, slice(start, min(frames, start + step)), slice(0, labels + 1)
+
+
+def visited_labels(posterior):
+    """posterior of the nodes (B, T, U+1) -> first visited label of each frame, and the one behind the last
+
+    (B, T) each, on the CPU, so that a GPU is asked only once.
+    """
+    visited = posterior > 1e-8
+    u = torch.arange(visited.shape[2], device=visited.device)
+    first = u.where(visited, len(u)).amin(2)
+    last = (u + 1).where(visited, 0).amax(2)
+    return first.cpu(), last.cpu()
+
+
+def uncached_autocast(device, dtype, enabled):
+    """Autocast without its cache: weights cast without a graph would be used with one."""
+    return torch.autocast(device.type, dtype, enabled, cache_enabled=False)
+
+
+def node_posteriors(logits, targets):
+    """logits (T, U+1, V), targets (U,) -> (T, U+1): the probability that an alignment visits a node"""
+    targets = F.pad(targets, (0, 1))
+    arcs = read_arcs(logits.detach(), targets, BLANK)[None].requires_grad_()
+    T = torch.tensor([logits.shape[0]], device=logits.device)
+    U = torch.tensor([logits.shape[1] - 1], device=logits.device)
+    with torch.enable_grad():
+        [gradients] = torch.autograd.grad(lattice_loss(arcs, T, U).sum(), arcs)
+    return -gradients[0].sum(-1)
+
+
+def check_lattice(shape, targets, logit_lengths, target_lengths, blank, reduction):
+    """-> targets (B, U+1) with 0 behind their ends, lengths as int64; or ValueError naming the argument"""
+    B, T, U1, V = shape
+    if min(shape) == 0:
+        raise ValueError(f"logits must not be empty, found shape {tuple(shape)}")
+    if targets.shape != (B, U1 - 1):
+        raise ValueError(
+            f"targets must have shape (B, U) = {(B, U1 - 1)} for logits {tuple(shape)}, found "
+            f"{tuple(targets.shape)}"
+        )
+    check_lengths("logit_lengths", logit_lengths, B, 1, T)
+    check_lengths("target_lengths", target_lengths, B, 0, U1 - 1)
+    if not 0 <= blank < V:
+        raise ValueError(f"blank must be in [0, {V}), found {blank}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be none, mean or sum, found {reduction!r}")
+    valid = valid_mask(target_lengths, U1 - 1)
+    labels = targets[valid]
+    if ((labels < 0) | (labels >= V) | (labels == blank)).any():
+        raise ValueError(f"targets must be labels in [0, {V}) other than blank {blank}")
+    targets = targets.long().where(valid, 0)
+    return F.pad(targets, (0, 1)), logit_lengths.long(), target_lengths.long()
+
+
+def check_lengths(name, lengths, B, least, most):
+    if lengths.shape != (B,) or lengths.min() < least or lengths.max() > most:
+        raise ValueError(
+            f"{name} must be {B} numbers in [{least}, {most}], found {lengths.tolist()}"
+        )
+
+
+def reduce_batch(loss, reduction):
+    """(B,) -> what `reduction` asks for"""
+    if reduction == "mean":
+        return loss.mean()
+    if reduction == "sum":
+        return loss.sum()
+    return loss
+
+
+# ---------------------------------------- checkpoints
+
+FORMAT = 2  # of the files; 1 was that of the versions before the five scripts
+
 
 def save_checkpoint(path, **entries):
-    """Write plain types, tensors and a Config; a checkpoint that exists is replaced whole or not at all."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
+    """Write plain types, tensors and a Config. A checkpoint that exists is replaced whole or not at all."""
+    path = Path(path)
+    temporary = Path(f"{path}.tmp")
+    plain = {"format": FORMAT}
+    for name, value in entries.items():
+        plain[name] = asdict(value) if isinstance(value, Config) else value
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": 1} | {k: asdict(v) if isinstance(v, Config) else v for k, v in entries.items()}, file)
+            torch.save(plain, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); what was there before is intact: free some space and run the "
-                        f"same command again")
+        raise UserError(
+            f"cannot write {path} ({error}); what was there before is intact: free some space and "
+            f"run the same command again"
+        )
 
 
 def load_checkpoint(path):
-    """-> dict of plain types and tensors on the CPU. A directory means its best model. Never unpickles code."""
+    """-> dict of plain types and tensors on the CPU; a directory means its best.pt
+
+    Never unpickles code. Raises UserError for a file that is missing, damaged or not ours.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "best.pt"
     if not path.exists():
         raise UserError(f"no checkpoint {path}; train one first or give another")
     try:
-        # torch.load looks at no checksum, and where a bit turns a member into a folder, it leaves random numbers
-        archive = zipfile.ZipFile(path)
-        if archive.testzip() or any((m.compress_size, m.external_attr) != (m.file_size, 0) for m in archive.infolist()):
-            raise ValueError("a wrong checksum")
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-            raise TypeError("not a dict of ours")
+        version = dict(checkpoint)["format"]
     except Exception as error:  # a damaged file may lead the readers anywhere
-        raise UserError(f"{path} is not a checkpoint of ours or is damaged ({type(error).__name__}); delete it or "
-                        f"give another")
-    return checkpoint | {"path": str(path)}
+        raise UserError(
+            f"{path} is not a checkpoint of ours or is damaged ({type(error).__name__}); delete it "
+            f"or give another"
+        )
+    if version != FORMAT:
+        raise UserError(f"{path} was written by another version of this code; train it again")
+    checkpoint["path"] = str(path)
+    return checkpoint
 
 
-def exported(weights):
-    """Without the decoder that only training needs (bert.py)."""
-    return {name: x for name, x in weights.items() if not name.startswith("auxiliary.")}
+def check_archive(path):
+    """Raise ValueError for a damaged file: torch.load looks at no checksum, and where a flipped bit
+    turns a member of the archive into a folder, it leaves random numbers."""
+    archive = zipfile.ZipFile(path)
+    if archive.testzip():
+        raise ValueError("a wrong checksum")
+    for member in archive.infolist():
+        if member.compress_size != member.file_size or member.external_attr != 0:
+            raise ValueError("a damaged entry")
 
 
 def load_student(checkpoint, **changes):
-    """The Student that a checkpoint describes, with its weights; `changes` replace fields of its config (new parts stay
-    untrained)."""
+    """The Student that a checkpoint describes, with its weights
+
+    changes: fields of its config to replace. Parts that the checkpoint has and the new config does
+    not (the heads of stage 1) are left out, parts that are new stay untrained.
+    """
     try:
-        known = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()})
-        student = Student(replace(known, **changes))
-        weights = exported(checkpoint["model"])
-        if changes:
-            weights = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
-            new = {k: v for k, v in student.encoder.state_dict().items() if ".condition." in k}
-            student.encoder.load_state_dict(new | weights)
-        else:
-            student.load_state_dict(weights)
+        values = {}
+        for name, value in checkpoint["config"].items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+        student = Student(replace(Config(**values), **changes))
+        for name, part in student.named_children():
+            weights = {}
+            for key, value in checkpoint["model"].items():
+                if key.startswith(f"{name}."):
+                    weights[key.removeprefix(f"{name}.")] = value
+            if not part.state_dict() or (changes and name != "encoder" and not weights):
+                continue
+            part.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{checkpoint.get('path', 'the checkpoint')} does not hold the student that it describes "
-                        f"({' '.join(str(error).split())[:150]}); give another, or the program that wrote it")
+        path = checkpoint.get("path", "the checkpoint")
+        raise UserError(
+            f"{path} does not hold the student that it describes "
+            f"({' '.join(str(error).split())[:150]}); give another, or the program that wrote it"
+        )
     return student

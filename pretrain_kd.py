@@ -1,377 +1,491 @@
-"""Stage 1: several frozen speech foundation models teach the student's encoder by their embeddings; no transcripts.
+"""Stage 1: several frozen speech foundation models teach the student's encoder by their embeddings.
 
-    python pretrain_kd.py                 # the demo: two small teachers, 1.2 h of audio; minutes on a laptop CPU
-    python pretrain_kd.py --data LibriSpeech/train-clean-100 --unlabelled LibriSpeech/train-clean-360 \\
-        --teachers microsoft/wavlm-base-plus facebook/hubert-base-ls960:9 openai/whisper-base \\
-        --size small --steps 60000 --batch-seconds 400 --out exp/pretrain-100h                       # one GPU
-    torchrun --nproc_per_node 8 pretrain_kd.py ...            # eight GPUs, the same arguments
-    python pretrain_kd.py --probe --data ... --teachers ...   # is it a teacher at all? about a minute each
-    python pretrain_kd.py --cache DIR ...                   # listen once; then a step costs what the student costs
+    python pretrain_kd.py          # the demo: two small teachers, 1.2 h of audio; minutes on a CPU
+    python pretrain_kd.py --data LibriSpeech/train-clean-100 \\
+        --unlabelled LibriSpeech/train-clean-360 --dev LibriSpeech/dev-clean \\
+        --teachers microsoft/wavlm-base-plus openai/whisper-base \\
+        --size small --steps 60000 --batch-seconds 400 --out exp/pretrain-100h   # one GPU
+    torchrun --nproc_per_node 8 pretrain_kd.py ...           # eight GPUs, the same arguments
+    python pretrain_kd.py --probe --data ... --teachers ...  # is it a teacher at all? a minute each
+    python pretrain_kd.py --cache DIR ...                    # teachers encode once, then from disk
 
-    p_k = Linear_k(h),   L = sum_k w_k * mean |p_k - e_k|     # arXiv 2303.10917; e_k standardised, see Teacher
+    p_k = Linear_k(h),   L = sum_k w_k * mean |p_k - e_k|    # arXiv 2303.10917
+    e_k: the frames of teacher k at the student's 25 Hz, standardised [ours]
+
+No transcripts are needed. On the demo expect an L1 of about 0.37 and 0.35 on voices of --dev, where
+0.8 is what predicting the mean would score (RESULTS.md).
 """
-import argparse
-import bisect
+
 import itertools
 import math
-import shutil
 import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import data
-import losses
 import model
-import run as running
-import training
-from decode import Errors, word_errors
-from run import DEMO, UserError
-from teachers import Cache, Teacher, audio_key, student_frames
-
-PROBE_SECONDS = 480, 120                # of transcribed audio that a probe learns from and is scored on
+from tools import probe, teacher_cache, training
+from tools.command_line import Parser, UserError, one_line_errors, positive_float
+from tools.encoders import SpeechEncoder, noise
+from tools.machine import choose_device, fast_dtype
+from tools.muon import Muon, split_matrices
 
 
-# ---------------------------------------------------------------------------- the method
+# ---------------------------------------- a teacher
+
+
+class Teacher:
+    """A frozen speech foundation model: Teacher("name-or-folder[:layer,layer]")(waveforms) gives
+    embeddings at the student's 25 Hz. A module of your own is one too: "my_teacher.py:MyTeacher",
+    see tools/encoders.py.
+
+    layers: "last" (the default) or numbers of hidden layers, 0 being what enters the first one.
+        Each of them becomes a target.
+    clocks: of each layer, when its frames are.
+    widths: of the targets, see `align`: twice a layer's for a teacher of 50 Hz.   dim: their sum.
+    mean, std (dim,): of the embeddings, measured by `standardise`; until then 0 and 1.
+    An utterance's embedding does not depend on its batch.
+    Raises UserError for all that cannot be loaded, cannot be run or is no speech encoder.
+    """
+
+    def __init__(self, spec, device="cpu", dtype=torch.float32):
+        self.spec = spec
+        self.device = torch.device(device)
+        self.encoder = SpeechEncoder(spec, self.device, dtype)
+        self.name = self.encoder.name
+        self.title = self.encoder.title
+        self.layers = self.encoder.layers
+        self.clocks = self.encoder.clocks
+        self.parameters = self.encoder.parameters
+        self.widths = []
+        for clock, D in zip(self.clocks, self.encoder.dims):
+            self.widths.append(frames_per_target(clock) * D)
+        self.dim = sum(self.widths)
+        self.mean = torch.zeros(self.dim, device=self.device)
+        self.std = torch.ones(self.dim, device=self.device)
+
+    def __str__(self):
+        return f"{self.spec}: {self.encoder}, target {' + '.join(map(str, self.widths))} wide"
+
+    def __call__(self, waveforms, lengths=None):
+        """-> standardised embeddings (B, T, dim), lengths (B,): T is that of the student's encoder
+
+        waveforms: list of (S,) at 16 kHz, or (B, S) padded, with lengths (B,) in samples.
+        """
+        if lengths is not None:
+            waveforms = [wave[:length] for wave, length in zip(waveforms, lengths.tolist())]
+        embeddings, lengths = self.embed(waveforms)
+        return self.standardised(embeddings), lengths
+
+    def embed(self, waveforms):
+        """list of (S,) -> embeddings (B, T, dim) as they are, padded with 0, and lengths (B,)"""
+        rows = []
+        for waveform, layers in zip(waveforms, self.encoder.encode(waveforms)):
+            # The layers of a teacher stand side by side.
+            targets = []
+            for states, clock in zip(layers, self.clocks):
+                targets.append(align(states, len(waveform), clock))
+            rows.append(torch.cat(targets, dim=1))
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return pad_sequence(rows, batch_first=True), lengths
+
+    def standardised(self, embeddings):
+        """(B, T, dim) as they are, from `embed` or a cache -> mean 0, deviation 1 per dimension"""
+        return (embeddings.to(self.device, torch.float32) - self.mean) / self.std
+
+    def standardise(self, batches):
+        """Measure mean and deviation per dimension: teachers of different scale then weigh alike
+        in an L1. [ours]
+
+        batches: pairs of embeddings (B, T, dim), as they are, and lengths (B,).
+        """
+        count = 0
+        total = 0.0
+        squares = 0.0
+        for embeddings, lengths in batches:
+            valid = model.valid_mask(lengths.cpu(), embeddings.shape[1])
+            frames = embeddings.cpu()[valid].double()
+            count += len(frames)
+            total += frames.sum(0)
+            squares += (frames**2).sum(0)
+        mean = total / count
+        variance = squares / count - mean**2
+        self.mean = mean.float().to(self.device)
+        self.std = variance.clamp(min=1e-10).sqrt().float().to(self.device)
+
+    def fingerprint(self):
+        """64 numbers of the embedding of a fixed second of noise: those of other weights, layers
+        or libraries differ"""
+        embeddings, _ = self.embed([noise(data.SAMPLE_RATE)])
+        values = embeddings.flatten()
+        chosen = torch.linspace(0, len(values) - 1, 64).long()
+        return values[chosen].tolist()
+
+    def state(self):
+        """What a checkpoint keeps of a teacher, in plain types and tensors"""
+        return {"spec": self.spec, "dim": self.dim, "mean": self.mean.cpu(), "std": self.std.cpu()}
+
+    def load_state(self, state):
+        """Standardise as in the run whose checkpoint this state is from."""
+        self.mean = state["mean"].to(self.device)
+        self.std = state["std"].to(self.device)
+
+    def release(self):
+        """Free the encoder's memory: from now on the embeddings come from a cache."""
+        self.encoder = None
+
+
+# ---------------------------------------- its targets in time
+
+
+def frames_per_target(clock):
+    """As many as 40 ms have, at least one"""
+    return max(1, round(data.FRAME / clock.hop))
+
+
+def align(states, samples, clock):
+    """Frames at the teacher's rate (n, D) -> targets at the student's (T, frames_per_target * D)
+
+    Target t is the teacher's frames of [40 t, 40 t + 40) ms, side by side: 2t and 2t+1 of a
+    teacher of 50 Hz, as in the authors' code. Where its hop divides 40 ms they are whole frames,
+    the nearest, so that they are off by at most half a frame; others (Moonshine: 41.7 Hz) are interpolated
+    linearly. Before the first and behind the last frame their values are held. [ours]
+    """
+    # As many as the student's encoder has frames, see model.Subsampling.
+    T = max(1, (samples + data.FRAME // 2) // data.FRAME)
+    stack = frames_per_target(clock)
+    part = torch.arange(T * stack, dtype=torch.float64, device=states.device)
+    # Where in the audio the parts of the targets are centred, in samples ...
+    middle = (part + 0.5) * data.FRAME / stack
+    # ... and which of the teacher's frames lies there: 3.25 is between the third and the fourth.
+    position = (middle - clock.centre) / clock.hop
+    if clock.hop * stack == data.FRAME:
+        # The nearest; unlike round(), this treats all halves alike.
+        position = torch.ceil(position - 0.5)
+    position = position.clamp(0, len(states) - 1)
+    before = position.long()
+    after = (before + 1).clamp(max=len(states) - 1)
+    fraction = (position - before).float()[:, None]
+    return torch.lerp(states[before], states[after], fraction).reshape(T, -1)
+
+
+def target_names(teachers):
+    """-> a unique name for each target: "wavlm-base-plus", "hubert:9"; the whole name if need be
+
+    The targets are the layers of the first teacher, then those of the second, and so on.
+    """
+    titles = [teacher.title for teacher in teachers]
+    names = []
+    for teacher in teachers:
+        title = teacher.title
+        if titles.count(title) > 1:
+            title = teacher.name
+        for layer in teacher.layers:
+            names.append(title if layer == "last" else f"{title}:{layer}")
+    return names
+
 
 def teacher_targets(teachers, batch, combine="heads", weights=None):
-    """What each projection head has to predict: list of (B, T, D), one per head. Each layer of a teacher is a target.
+    """What each projection head has to predict: list of (B, T, D) in float32, one per head
 
-    heads: a head for each target.   average: one head, the weighted mean of the targets, standardised as they are.
-    random: one head, for each utterance one of the targets, drawn by weight.
+    heads: a head for each target.   average: one head, the weighted mean of the targets.
+    random: one head; for each utterance one of the targets, drawn by its weight.
+    The authors' code knows the last two, the first is [ours].
+    batch.waveforms: list of B (S,);   batch.embeddings: what caches hold instead, or empty.
     """
-    heard = batch.embeddings or [teacher.embed(batch.waveforms)[0] for teacher in teachers]
-    targets = [target for teacher, embeddings in zip(teachers, heard)
-               for target in teacher.standardised(embeddings).split(teacher.widths, dim=-1)]
-    if combine == "heads":
-        return targets
-    targets, weights = torch.stack(targets), torch.tensor(weights)                                   # (K, B, T, D)
-    if combine == "average":
-        return [torch.einsum("k, kbtd -> btd", (weights / weights.sum()).to(targets), targets)]
-    drawn = torch.multinomial(weights, targets.shape[1], replacement=True)
-    return [targets[drawn, torch.arange(len(drawn))]]
+    # A target is a sum of a few numbers: autocast would only round it.
+    with torch.no_grad(), torch.autocast(teachers[0].device.type, enabled=False):
+        targets = []
+        for k, teacher in enumerate(teachers):
+            if batch.embeddings:
+                embeddings = batch.embeddings[k]
+            else:
+                embeddings, _ = teacher.embed(batch.waveforms)
+            targets += teacher.standardised(embeddings).split(teacher.widths, dim=-1)
+        if combine == "heads":
+            return targets
+
+        targets = torch.stack(targets)  # (K, B, T, D)
+        weights = torch.tensor(weights)
+        if combine == "average":
+            shares = (weights / weights.sum()).to(targets)
+            return [(shares[:, None, None, None] * targets).sum(0)]
+        B = targets.shape[1]
+        drawn = torch.multinomial(weights, B, replacement=True)
+        return [targets[drawn, torch.arange(B)]]
 
 
-def stage1_loss(student, batch, targets, weights, kinds):
-    """L = sum_k w_k * mean |p_k - e_k|, or another kind -> (L times the student's frames, frames, mean of each head)"""
-    hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
-    parts = [losses.distillation_loss(head(hidden).float(), target, lengths, kind) / lengths.sum()
-             for head, target, kind in zip(student.heads, targets, kinds)]
-    return sum(w * part for w, part in zip(weights, parts)) * lengths.sum(), lengths.sum(), parts
+# ---------------------------------------- options
 
 
-def mean_losses(student, teachers, targets, loader):
-    """-> {name of a target: mean loss over the loader's frames}; one head for all is measured against each. For l1, 0.8
-    is what predicting the mean scores on normally distributed targets."""
-    sums, frames, device = torch.zeros(len(targets)), 0, next(student.parameters()).device
-    for batch in filter(lambda batch: batch.ids, loader.epoch()):
-        hidden, lengths = student.encoder(batch.features.to(device), batch.feature_lengths.to(device))
-        for k, (target, truth) in enumerate(zip(targets, teacher_targets(teachers, batch))):
-            head = student.heads[min(k, len(student.heads) - 1)]
-            sums[k] += losses.distillation_loss(head(hidden), truth, lengths, target.loss).item()
-        frames += lengths.sum().item()
-    if not frames:
-        raise UserError("none of the --dev audio can be read; python data.py check PATH says why")
-    return {target.name: mean for target, mean in zip(targets, (sums / frames).tolist())}
-
-
-# ---------------------------------------------------------------------------- what the user asked for
-
-def options(argv):
-    """What the user asked for; a UserError where it does not fit together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv):
+    parser = Parser(__doc__)
     data.add_source_options(parser)
     group = parser.add_argument_group("teachers and student")
-    group.add_argument("--teachers", nargs="+", metavar="NAME[:LAYER,...]",
-                       default=[str(DEMO / "teachers/hubert"), str(DEMO / "teachers/whisper")],
-                       help="frozen teachers: Hugging Face hub names or folders, with one or more hidden layers or "
-                            "'last' (default: the demo's two)")
-    group.add_argument("--weights", nargs="+", type=float, metavar="W",
-                       help="weight of each teacher, shared by its layers (default: 1 each)")
-    group.add_argument("--loss", nargs="+", choices=list(losses.DISTANCES), default=["l1"],
-                       help="distance to the teachers, one for all or one for each (default l1)")
-    group.add_argument("--cache", type=Path, metavar="DIR",
-                       help="keep the teachers' embeddings there (float16; the size is printed first) and train from "
-                            "them: a step then costs what the student costs")
-    group.add_argument("--probe", action="store_true",
-                       help="train nothing; say what the teachers are, how fast, and how well a linear layer reads "
-                            "transcripts off their embeddings (about a minute each)")
-    group.add_argument("--combine", choices=["heads", "average", "random"], default="heads",
-                       help="a head per teacher; or one head for the "
-                       "teachers' average; or one head and a random teacher per utterance (default %(default)s)")
-    group.add_argument("--size", choices=list(model.PRESETS), default="nano",
-                       help="student (default %(default)s; with a vocabulary of 256: nano 3.0 M parameters, "
-                       "small 9.5 M, medium 31 M, large 115 M)")
-    group.add_argument("--chunk", type=model.chunk_size, default=0, metavar="FRAMES|random",
-                       help="a streaming student, which hears so many frames of 40 ms at once; 'random': one that can "
-                       "do both (default: the whole utterance)")
-    group.add_argument("--left", type=int, default=64, metavar="FRAMES",
-                       help="frames before its chunk that a streaming student sees (default %(default)s)")
-    group.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
-    running.add_training_options(parser, out="exp/pretrain", steps=1050, regularised=False)
+    demo_teachers = [str(data.DEMO / "teachers" / name) for name in ("hubert", "whisper")]
+    group.add_argument(
+        "--teachers",
+        nargs="+",
+        metavar="NAME[:LAYER,...]",
+        default=demo_teachers,
+        help="Hugging Face names or folders, with one or more hidden layers or 'last'; or "
+        "FILE.py:CLASS, a module of your own (default: the demo's two)",
+    )
+    group.add_argument(
+        "--weights",
+        nargs="+",
+        type=positive_float,
+        metavar="W",
+        help="weight of each teacher, shared by its layers (default: 1 each)",
+    )
+    group.add_argument(
+        "--combine",
+        choices=["heads", "average", "random"],
+        default="heads",
+        help="a projection head per teacher; or one head for the teachers' average; or one head "
+        "and a random teacher per utterance (default %(default)s)",
+    )
+    group.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep the teachers' embeddings there (float16; the size is printed first) and train "
+        "from them: a step then costs what the student costs",
+    )
+    group.add_argument(
+        "--probe",
+        action="store_true",
+        help="train nothing; print what the teachers are, how fast, and how well a linear layer "
+        "reads transcripts off their embeddings (about a minute each)",
+    )
+    group.add_argument(
+        "--size",
+        choices=list(model.PRESETS),
+        default="nano",
+        help="of the student (default %(default)s; with a vocabulary of 256: nano 3.0 M "
+        "parameters, small 9.5 M, medium 31 M, large 115 M)",
+    )
+    group.add_argument(
+        "--chunk",
+        type=model.chunk_size,
+        default=0,
+        metavar="FRAMES|random",
+        help="a streaming student, which encodes so many frames of 40 ms at once; 'random': one "
+        "that can do both (default: whole utterances)",
+    )
+    group.add_argument(
+        "--lr", type=positive_float, default=3e-3, help="peak learning rate (default %(default)s)"
+    )
+    training.add_training_options(parser, "exp/pretrain", steps=1050, dropout=0.0, spec_augment=0)
     args = parser.parse_args(argv)
-    running.check_training_options(args)
-    for name, found, few in (("--weights", args.weights, [len(args.teachers)]),
-                             ("--loss", args.loss, [1, len(args.teachers)])):
-        if found and len(found) not in few:
-            raise UserError(f"{name} needs one per teacher: {len(args.teachers)}, found {len(found)}")
-    if args.weights and not min(args.weights) > 0:
-        raise UserError(f"--weights must be above 0, found {min(args.weights)}; leave out who shall not count")
-    if args.combine != "heads" and len(set(args.loss)) > 1:
-        raise UserError(f"--combine {args.combine} has one head and takes one --loss, found {' '.join(args.loss)}")
+    if args.weights is None:
+        args.weights = [1.0] * len(args.teachers)
+    if len(args.weights) != len(args.teachers):
+        raise UserError(
+            f"--weights needs one per teacher: {len(args.teachers)}, found {len(args.weights)}"
+        )
     if len(set(args.teachers)) < len(args.teachers):
         raise UserError("--teachers names one twice; a teacher counts more through --weights")
     return args
 
 
-@dataclass(frozen=True)
-class Target:
-    """A layer of a teacher, as the log calls it, and how it counts."""
-    name: str
-    width: int
-    weight: float
-    loss: str
+# ---------------------------------------- training
 
 
-def load_teachers(args, device, say):
-    """-> (teachers, their targets)"""
-    teachers, targets = [], []
-    for spec in args.teachers:
-        teachers.append(Teacher(spec, device, running.inference_dtype(device)))
-        say(f"teacher {teachers[-1]}")
-    titles = [teacher.title for teacher in teachers]
-    for k, teacher in enumerate(teachers):
-        if titles.count(teacher.title) > 1:
-            teacher.title = teacher.name
-        weight = (args.weights or [1.0] * len(teachers))[k] / len(teacher.layers)
-        targets += [Target(teacher.title + (f":{layer}" if layer != "last" else ""), width, weight,
-                           args.loss[k % len(args.loss)]) for layer, width in zip(teacher.layers, teacher.widths)]
-    if args.combine != "heads" and len({target.width for target in targets}) > 1:
-        raise UserError(f"--combine {args.combine} needs targets of one width, found "
-                        f"{', '.join(f'{t.name} {t.width}' for t in targets)}; use --combine heads")
-    return teachers, targets
+def load_teachers(args, device, print_line):
+    """-> (teachers, a weight for each of their targets)"""
+    teachers = []
+    weights = []
+    for spec, weight in zip(args.teachers, args.weights):
+        teacher = Teacher(spec, device, fast_dtype(device))
+        teachers.append(teacher)
+        weights += [weight / len(teacher.layers)] * len(teacher.layers)
+        print_line(f"teacher {teacher}")
+    widths = {width for teacher in teachers for width in teacher.widths}
+    if args.combine != "heads" and len(widths) > 1:
+        raise UserError(
+            f"--combine {args.combine} needs targets of one width, found "
+            f"{', '.join(map(str, sorted(widths)))}; use --combine heads"
+        )
+    return teachers, weights
 
 
-def standardise(teachers, loader, state):
-    """The teachers' means and deviations: those of the run that goes on, or measured on the first batches of
-    training: four, and 200 s."""
-    if state:
-        for teacher, old in zip(teachers, state["teachers"]):
-            teacher.mean, teacher.std = old["mean"].to(teacher.device), old["std"].to(teacher.device)
-        return
-    count = max(4, math.ceil(200 / loader.batch_seconds))
-    batches = [batch for _, batch in zip(range(count), loader.epoch(0)) if batch.ids]
-    if not batches:
-        raise UserError("none of the training audio can be read; python data.py check PATH says why")
-    for k, teacher in enumerate(teachers):
-        teacher.standardise([(batch.embeddings[k], (batch.feature_lengths + 1) // 4) if batch.embeddings else
-                             teacher.embed(batch.waveforms) for batch in batches])
-
-
-# ---------------------------------------------------------------------------- the cache
-
-def remember(args, teachers, train_set, dev_set, say, rank, world):
-    """--cache: let the teachers embed what is not on disk yet; then they may go. -> (a Cache for each, the utterances
-    of both sets that all of them know). Raises UserError if the disk has no room for the size that is printed first."""
-    folder, everything = args.cache, [(u, s) for u in train_set for s in args.speeds] + [(u, 1.0) for u in dev_set]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        caches = [Cache(folder, teacher, f"{teacher.title}-{','.join(teacher.layers)}", rank) for teacher in teachers]
-        paths = {}
-        for u, _ in everything:
-            if (other := paths.setdefault(audio_key(u), u.path)) != u.path:
-                raise UserError(f"--cache knows a file by the last four parts of its path and finds these twice: "
-                                f"{other} and {u.path}; rename a folder or train without --cache")
-        missing = [(u, s) for u, s in everything if not all(cache.row(u, s) for cache in caches)]
-        frames = lambda u, s: student_frames(round(u.seconds / s * data.SAMPLE_RATE))
-        size = [sum(2 * cache.dim * frames(u, s) for u, s in missing if not cache.row(u, s)) / 1e9 for cache in caches]
-        free = shutil.disk_usage(folder).free / 1e9
-        if missing:
-            say(f"cache {folder}: {sum(size):.3g} GB to write ("
-                f"{', '.join(f'{cache.name} {gb:.3g}' for cache, gb in zip(caches, size))}), {free:.3g} GB free")
-        if rank == 0 and sum(size) > free:
-            raise UserError(f"--cache {folder} has {free:.3g} GB free, {sum(size):.3g} GB are needed; choose another "
-                            f"disk, fewer --speeds or teachers")
-        running.everyone(None)  # nobody writes while others still look at what is missing
-        if missing:
-            fill(caches, teachers, missing, args, rank, world)
-        running.everyone(None)
-        for cache in caches:
-            cache.read()
-    except OSError as error:
-        raise UserError(f"cannot write --cache {folder} ({error.strerror}); what is there is intact: free some space "
-                        f"or choose another folder, and run the same command again")
-    unknown = {u.path for u, s in everything if not all(cache.row(u, s) for cache in caches)}  # (unreadable)
-    if len(set(map(frozenset, running.everyone(unknown)))) > 1:
-        raise UserError(f"--cache {folder} is not one folder for all processes: put it on a disk that they share")
-    for teacher in teachers:
-        teacher.encoder = None  # its memory is the student's now
-    return caches, *([u for u in some if u.path not in unknown] for some in (train_set, dev_set))
-
-
-def fill(caches, teachers, missing, args, rank, world):
-    """Append this process's share of `missing`, pairs of an utterance and a speed, to the caches that lack them."""
-    for cache in caches:
-        cache.open()
-    with tqdm(total=round(sum(u.seconds for u, _ in missing) / world), unit="s", desc="caching", disable=rank > 0,
-              dynamic_ncols=True) as bar:
-        for speed in sorted({speed for _, speed in missing}):
-            known = {u.path: u for u, s in missing if s == speed}
-            loader = data.Loader([replace(u, id=path) for path, u in known.items()], args.batch_seconds, waveforms=True,
-                                 speeds=(speed,), workers=args.workers, rank=rank, world=world)
-            for batch in loader.epoch():
-                for problem in batch.failed:
-                    tqdm.write(f"skipped: {problem}", file=sys.stderr)
-                for cache, teacher in zip(caches, teachers):
-                    new = [(known[path], waveform) for path, waveform in zip(batch.ids, batch.waveforms or [])
-                           if not cache.row(known[path], speed)]
-                    if new:
-                        utterances, waveforms = zip(*new)
-                        cache.append(utterances, speed, *teacher.embed(waveforms))
-                bar.update(round(sum(known[path].seconds for path in batch.ids)))
-    for cache in caches:
-        cache.close()
-
-
-# ---------------------------------------------------------------------------- is it a teacher at all?
-
-def character_errors(train, dev, epochs=30):
-    """A linear CTC layer learns the characters of 25 Hz frames: percent of the characters of `dev` that it gets wrong.
-
-    train, dev: lists of ((T, D) frames, text). What a layer this weak can read off, the frames must tell apart.
-    """
-    letters = sorted({c for _, text in train for c in text})
-    everything = torch.cat([x for x, _ in train])
-    mean, std = everything.mean(0), everything.std(0).clamp(min=1e-5)
-    rows = [((x - mean) / std, torch.tensor([1 + letters.index(c) for c in text])) for x, text in train]
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(len(mean), 1 + len(letters)).to(mean.device)
-    optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, epochs * math.ceil(len(rows) / 8))
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(rows)).split(8):
-            frames, targets = zip(*(rows[i] for i in chosen))
-            log_probs = layer(pad_sequence(frames)).log_softmax(-1).cpu()                             # (T, B, V)
-            loss = F.ctc_loss(log_probs, torch.cat(targets), torch.tensor([len(x) for x in frames]),
-                              torch.tensor([len(y) for y in targets]), zero_infinity=True)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    errors = Errors()
-    for x, text in dev:
-        best = layer((x - mean) / std).argmax(-1).unique_consecutive().tolist()
-        errors += word_errors(" ".join(text), " ".join(letters[k - 1] for k in best if k))
-    return errors.rate
-
-
-def probe_batches(args, say):
-    """-> [batches to learn from, batches to score on] of PROBE_SECONDS, of transcribed audio if there is any"""
-    sets, parts = data.load_training_data(args, say), []
-    for utterances, seconds in zip(sets, PROBE_SECONDS):
-        some = [u for u in utterances if data.normalise(u.text or "")] or utterances
-        some = [some[i] for i in torch.randperm(len(some), generator=torch.Generator().manual_seed(0))]
-        count = 1 + bisect.bisect(list(itertools.accumulate(u.seconds for u in some)), seconds)
-        parts.append(list(data.Loader(some[:count], args.batch_seconds, waveforms=True).epoch()))
-    parts = [[batch for batch in part if batch.ids] for part in parts]
-    if not all(parts):
-        raise UserError("none of the audio can be read; python data.py check PATH says why")
-    return parts
-
-
-def probe(args, device, say):
-    """--probe: what the teachers are, how fast, and how well a linear layer reads characters off their embeddings."""
-    parts = probe_batches(args, say)
-    texts = [[data.normalise(text or "").replace(" ", "") for batch in part for text in batch.texts] for part in parts]
-    transcribed = all(all(part) for part in texts)
-    teachers, targets = load_teachers(args, device, say)
-    say("| teacher | parameters | frames | target width | s of audio/s | characters wrong |\n|---|---|---|---|---|---|")
-
-    def row(name, about, frames):
-        rate = "unknown"
-        if transcribed:
-            rate = f"{character_errors(*(list(zip(*pair)) for pair in zip(frames, texts))):.1f} %"
-        say(f"| {name} | {about} | {rate} |")
-
-    names = (target.name for target in targets)
-    for teacher in teachers:
-        started = time.perf_counter()
-        heard = [[e[:n] for batch in part for e, n in zip(*teacher.embed(batch.waveforms))] for part in parts]
-        speed = sum(batch.seconds for part in parts for batch in part) / (time.perf_counter() - started)
-        for k, (clock, width) in enumerate(zip(teacher.clocks, teacher.widths)):
-            row(next(names), f"{teacher.parameters / 1e6:.1f} M | {clock.rate:.4g} Hz | {width} | {speed:.0f}",
-                [[e.split(teacher.widths, dim=1)[k] for e in part] for part in heard])
-    row("log-mel features", " | 100 Hz | 320 | ",
-        [[F.pad(x, (0, 0, 0, 1))[:(n + 1) // 4 * 4].reshape(-1, 320) for batch in part
-          for x, n in zip(batch.features, batch.feature_lengths)] for part in parts])
-    say("A linear CTC layer reads the characters: a teacher is worth having where it reads far more than off log-mel."
-        if transcribed else "Give transcribed --data and --dev to learn whether its embeddings tell phones apart.")
+def probe_teachers(args):
+    """--probe: are these teachers at all? -> exit code"""
+    device, _, about_device = choose_device(args.device)
+    print(about_device)
+    train_set, dev_set = data.load_training_data(args)
+    teachers, _ = load_teachers(args, device, print)
+    probe.probe(teachers, target_names(teachers), train_set, dev_set, args.batch_seconds)
     return 0
 
 
-@running.polite
+def standardise(teachers, train_set, caches, args):
+    """Give the teachers the means and deviations of the first batches of training: four of them and
+    at least 200 s.
+    """
+    # Audio as it is, where that is among the speeds: then a cache has it.
+    speeds = [1.0] if 1.0 in args.speeds else args.speeds
+    loader = data.Loader(
+        train_set, args.batch_seconds, caches=caches, augment=True, speeds=speeds, seed=args.seed
+    )
+    enough = max(4, math.ceil(200 / args.batch_seconds))
+    batches = []
+    for batch in itertools.islice(loader.epoch(), enough):
+        if batch.utterances:
+            batches.append(batch)
+    if not batches:
+        raise UserError(
+            "none of the training audio can be read; python -m tools.librispeech check PATH names "
+            "why"
+        )
+    for k, teacher in enumerate(teachers):
+        embedded = []
+        for batch in batches:
+            if batch.embeddings:
+                # As many frames of each utterance as the student has, see model.Subsampling.
+                embedded.append((batch.embeddings[k], (batch.feature_lengths + 1) // 4))
+            else:
+                embedded.append(teacher.embed(batch.waveforms))
+        teacher.standardise(embedded)
+
+
+@torch.no_grad()
+def evaluate(student, teachers, names, weights, loader, device):
+    """-> {"dev L1 NAME": mean over the frames of the development audio, "dev L1": weighted sum}
+
+    Predicting the mean of a standardised target would score about 0.8. One head for all targets is
+    measured against each.
+    """
+    sums = dict.fromkeys(names, 0.0)
+    frames = 0
+    for batch in loader.epoch():
+        if not batch.utterances:
+            continue
+        batch = batch.to(device)
+        hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
+        targets = teacher_targets(teachers, batch)
+        for k, (name, target) in enumerate(zip(names, targets)):
+            head = student.heads[min(k, len(student.heads) - 1)]
+            sums[name] += model.l1_loss(head(hidden), target, lengths).item()
+        frames += lengths.sum().item()
+    if frames == 0:
+        raise UserError(
+            "none of the --dev audio can be read; python -m tools.librispeech check PATH names why"
+        )
+    results = {f"dev L1 {name}": total / frames for name, total in sums.items()}
+    means = list(results.values())
+    results["dev L1"] = sum(weight * mean for weight, mean in zip(weights, means))
+    return results
+
+
+@one_line_errors
 def main(argv=None):
-    args = options(argv)
-
-    # ---- machine, run, data
-    device, dtype, why = running.choose_device(args.device)
-    rank, world = running.start_processes(device)
-    say = print if rank == 0 else lambda line: None
-    say(why)
+    args = parse(argv)
     if args.probe:
-        return probe(args, device, say)
-    # embeddings in float16 are another experiment, where they lie is not
-    settings = argparse.Namespace(**vars(args) | {"cache": "used" if args.cache else None})
-    this = running.Run(settings, rank, world, model.load_checkpoint, model.save_checkpoint)
-    if this.finished:
-        say(f"{args.out} is finished; next: python finetune_rnnt.py --init {args.out}   (--overwrite starts anew)")
+        return probe_teachers(args)
+    run = training.Run(args)
+    next_command = f"python finetune_rnnt.py --init {args.out}"
+    if run.finished:
+        run.print(f"{args.out} is finished; next: {next_command}   (--overwrite starts anew)")
         return 0
-    train_set, dev_set = data.load_training_data(args, say)
 
-    # ---- teachers, or what they once said
-    teachers, targets = load_teachers(args, device, say)
+    # ---- data
+    train_set, dev_set = data.load_training_data(args, quiet=run.rank > 0)
+    run.check_settings(data.fingerprints(train_set, dev_set))
+
+    # ---- teachers, or their embeddings from disk
+    teachers, weights = load_teachers(args, run.device, run.print)
+    names = target_names(teachers)
     caches = []
     if args.cache:
-        caches, train_set, dev_set = remember(args, teachers, train_set, dev_set, say, rank, world)
-    source = {"caches": caches} if caches else {"waveforms": True}
-    loader = data.Loader(train_set, args.batch_seconds, augment=True, masks=args.spec_augment, speeds=args.speeds,
-                         workers=args.workers, seed=args.seed, rank=rank, world=world, **source)
-    dev = data.Loader(dev_set, args.batch_seconds, workers=args.workers, **source)
-    plain = [1.0] if 1.0 in args.speeds else args.speeds
-    standardise(teachers, data.Loader(train_set, args.batch_seconds, augment=True, speeds=plain, seed=args.seed,
-                                      **source), this.state)
-    heads = targets if args.combine == "heads" else [Target(args.combine, targets[0].width, 1.0, args.loss[0])]
-    weights = [target.weight for target in targets]
+        caches, train_set, dev_set = teacher_cache.fill(
+            args.cache,
+            teachers,
+            train_set,
+            dev_set,
+            args.speeds,
+            args.batch_seconds,
+            args.workers,
+            run.rank,
+            run.world,
+        )
+        for teacher in teachers:
+            # Nothing is encoded any more: its memory is the student's now.
+            teacher.release()
+    loader = data.Loader(
+        train_set,
+        args.batch_seconds,
+        caches=caches,
+        augment=True,
+        spec_augment=args.spec_augment,
+        speeds=args.speeds,
+        workers=args.workers,
+        seed=args.seed,
+        rank=run.rank,
+        world=run.world,
+    )
+    dev_loader = data.Loader(dev_set, args.batch_seconds, caches=caches, workers=args.workers)
+    if run.state:
+        # Of an interrupted run, which goes on with the targets that it had.
+        for teacher, state in zip(teachers, run.state["teachers"]):
+            teacher.load_state(state)
+    else:
+        standardise(teachers, train_set, caches, args)
 
     # ---- student
+    head_names = names
+    head_weights = weights
+    head_dims = [width for teacher in teachers for width in teacher.widths]
+    if args.combine != "heads":
+        # One projection head for all; load_teachers made sure that the targets are equally wide.
+        head_names = [args.combine]
+        head_weights = [1.0]
+        head_dims = head_dims[:1]
     torch.manual_seed(args.seed)
-    student = model.Student(replace(model.PRESETS[args.size], head_dims=tuple(head.width for head in heads),
-                                    chunk=args.chunk, left=args.left, dropout=args.dropout)).to(device)
-    say(f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, heads "
-        f"{', '.join(f'{head.name} {head.width}' for head in heads)}, {student.config.listening}")
-    optimizer = training.Muon(student, args.lr)
+    config = replace(
+        model.PRESETS[args.size], head_dims=tuple(head_dims), chunk=args.chunk, dropout=args.dropout
+    )
+    student = model.Student(config).to(run.device)
+    heads = [f"{name} {dim}" for name, dim in zip(head_names, head_dims)]
+    run.print(
+        f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, projection heads "
+        f"{', '.join(heads)}, {config.describes_input()}"
+    )
+    # Muon takes the blocks' matrices; AdamW the biases, the norms, the input layers and the heads.
+    matrices, others = split_matrices(student.encoder.blocks)
+    others += [*student.encoder.subsampling.parameters(), *student.heads.parameters()]
+    optimizer = Muon([{"params": others}, {"params": matrices, "muon": True}], args.lr)
 
-    def compute_loss(batch):
-        total, frames, parts = stage1_loss(student, batch, teacher_targets(teachers, batch, args.combine, weights),
-                                           [head.weight for head in heads], [head.loss for head in heads])
-        return total, frames, {head.name: part for head, part in zip(heads, parts)}
-
-    def evaluate(student):
-        means = mean_losses(student, teachers, targets, dev)
-        return {f"dev {name}": mean for name, mean in means.items()}, sum(t.weight * means[t.name] for t in targets)
-
-    extra = {"config": student.config, "stage": 1, "size": args.size,
-             "teachers": [teacher.state() for teacher in teachers], "combine": args.combine}
-    code = training.Training(this, student, loader, compute_loss, evaluate, optimizer, extra, device, dtype, rank,
-                             world).loop()
-    if code == 0:
-        say(f"next: python finetune_rnnt.py --init {args.out}")
-    return code
+    # ---- the loop: the student's frames, through a head each, approach the teachers' embeddings
+    states = [teacher.state() for teacher in teachers]
+    about = {"config": config, "stage": 1, "size": args.size, "teachers": states}
+    with run.start(student, optimizer, about):
+        for step, batches in run.steps(loader):
+            training.set_learning_rates(optimizer, run.progress)
+            optimizer.zero_grad()
+            for batch in batches:
+                with run.autocast():
+                    targets = teacher_targets(teachers, batch, args.combine, weights)
+                    hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
+                    losses = []
+                    for head, target in zip(student.heads, targets):
+                        losses.append(model.l1_loss(head(hidden).float(), target, lengths))
+                    loss = sum(weight * l1 for weight, l1 in zip(head_weights, losses))
+                loss.backward()
+                run.add(batch, count=lengths.sum(), loss=loss, **dict(zip(head_names, losses)))
+            if run.sum_gradients():
+                optimizer.step()
+            run.average_weights()
+            run.log()
+            # The averaged weights are the result; best.pt keeps them where "dev L1" is lowest.
+            if run.evaluation_is_due():
+                results = evaluate(run.averaged, teachers, names, weights, dev_loader, run.device)
+                run.keep_best("dev L1", results)
+    return run.finish(next_command)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,33 @@
-"""Scores against torchaudio, search against plain loops and sums over all alignments, files against their formats."""
+"""Scores against torchaudio, searches against plain loops and sums over all alignments, files
+against their formats."""
+
 import json
 import math
 import random
 import shutil
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import pytest
 import soundfile
-import tokenizers
 import torch
 import torchaudio
-import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
 import decode
-import losses
 import model
-import search
-from conftest import DEMO
-from decode import Errors, Word, word_errors
-from model import Config, Student
+from decode import DEMO, Errors, GreedyCTC, GreedyTransducer, Word, text_of, word_errors, words_of
+from model import Config, Student, Token
+from tools.alignment_plot import draw_alignment
+from tools.beam_search import BeamTransducer, Fusion, NGram
+from tools.subtitles import FORMATS, subtitles
 
 TINY = Config(dim=32, layers=1, kernel=7, channels=8, vocab_size=6, predictor_dim=24, joiner_dim=20)
+
+
+# ---------------------------------------- word errors
 
 
 def counts(errors):
@@ -33,13 +38,16 @@ def counts(errors):
 def test_total_is_the_edit_distance(seed):
     draw = random.Random(seed)
     for _ in range(40):
-        ref, hyp = ([draw.choice("ABCD") for _ in range(draw.randrange(12))] for _ in range(2))
-        errors = word_errors(" ".join(ref), " ".join(hyp))
-        assert errors.total == torchaudio.functional.edit_distance(ref, hyp) and errors.words == len(ref)
-        assert len(ref) - errors.deletions == len(hyp) - errors.insertions          # what is not lost is there
-        assert [r for r, _ in errors.alignment if r != "*"] == ref and [
-            h for _, h in errors.alignment if h != "*"
-        ] == hyp
+        reference = draw.choices("ABCD", k=draw.randrange(12))
+        hypothesis = draw.choices("ABCD", k=draw.randrange(12))
+        errors = word_errors(" ".join(reference), " ".join(hypothesis))
+        assert errors.total == torchaudio.functional.edit_distance(reference, hypothesis)
+        assert errors.words == len(reference)
+        # The alignment holds every word of both, in order, and its errors are those counted.
+        assert [r for r, _ in errors.alignment if r != "*"] == reference
+        assert [h for _, h in errors.alignment if h != "*"] == hypothesis
+        assert sum(r != h for r, h in errors.alignment) == errors.total
+        assert len(reference) - errors.deletions == len(hypothesis) - errors.insertions
 
 
 @pytest.mark.parametrize(
@@ -63,30 +71,36 @@ def test_kinds_of_errors(reference, hypothesis, expected):
 
 
 def test_score_line():
-    assert str(Errors(2650, 575, 401, 52576)) == "%WER 6.90 [ 3626 / 52576, 401 ins, 575 del, 2650 sub ]"
+    line = "%WER 6.90 [ 3626 / 52576, 401 ins, 575 del, 2650 sub ]"
+    assert str(Errors(2650, 575, 401, 52576)) == line
     assert counts(word_errors("A B", "A") + word_errors("C", "D E")) == (1, 1, 1, 3)
     assert str(Errors()) == "%WER 0.00 [ 0 / 0, 0 ins, 0 del, 0 sub ]"
 
 
-def greedy_plainly(student, hidden, max_symbols):
-    """One utterance, (T, d): ask the whole predictor again about everything said so far."""
-    said = []
-    for frame in hidden:
-        for _ in range(max_symbols):
-            predicted = student.predict(torch.tensor([said], dtype=torch.long))[:, -1:]
-            label = student.joiner(frame[None, None], predicted).argmax().item()
-            if label == 0:
-                break
-            said.append(label)
-    return said
+def test_ten_thousand_words_in_little_memory():
+    """Every word is another one, so errors are known: what is not in both has to be mended."""
+    reference = [f"W{i}" for i in range(10_000)]
+    hypothesis = list(reference)
+    hypothesis[5::10] = ["X"] * 1000
+    del hypothesis[0::10]
+    tracemalloc.start()
+    errors = word_errors(" ".join(reference), " ".join(hypothesis))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert counts(errors) == (1000, 1000, 0, 10_000)
+    assert peak < 100e6
 
 
-def opinionated(kind="lstm", blank=0.0, **changes):
+# ---------------------------------------- greedy search
+
+
+def confident_student(blank=0.0, **changes):
+    """Not trained, but its best label changes from frame to frame."""
     torch.manual_seed(1)
-    student = Student(replace(TINY, predictor=kind, **changes)).eval()
+    student = Student(replace(TINY, **changes)).eval()
     for module in (student.joiner, student.predictor):
-        for p in module.parameters():
-            p.data.mul_(4)  # opinions strong enough to change from frame to frame
+        for parameter in module.parameters():
+            parameter.data.mul_(4)
     student.joiner.out.bias.data[0] += blank
     return student
 
@@ -95,317 +109,524 @@ def labels_of(results):
     return [[token.label for token in best.tokens] for best, *_ in results]
 
 
-def feed(one, hidden, lengths, sizes=None):
-    """All at once, or piece by piece."""
+def feed(search, hidden, lengths, sizes=None):
+    """All at once, or piece by piece -> results"""
     start = 0
     for size in sizes or [hidden.shape[1]]:
-        one.advance(hidden[:, start:start + size], (lengths - start).clamp(0, size))
+        search.advance(hidden[:, start : start + size], (lengths - start).clamp(0, size))
         start += size
-    return one.results()
+    return search.results()
+
+
+def greedy_plainly(student, hidden, max_symbols):
+    """One utterance, (T, d): the whole predictor reads all labels so far, again and again."""
+    labels = []
+    for frame in hidden:
+        for _ in range(max_symbols):
+            predicted = student.predict(torch.tensor([labels], dtype=torch.long))[:, -1:]
+            label = student.joiner(frame[None, None], predicted).argmax().item()
+            if label == 0:
+                break
+            labels.append(label)
+    return labels
 
 
 @pytest.mark.parametrize("max_symbols", [1, 3])
-@pytest.mark.parametrize("kind, blank", [("stateless", -2), ("lstm", 3)])          # blank wins now and then
-def test_greedy_transducer_against_a_plain_loop(kind, blank, max_symbols):
-    student = opinionated(kind, blank)
-    hidden, lengths = 2 * torch.randn(5, 20, 32), torch.tensor([20, 1, 13, 7, 19])
-    found = feed(search.GreedyTransducer(student, 5, max_symbols), hidden, lengths)
+@pytest.mark.parametrize("blank", [0, 3])
+def test_greedy_transducer_against_a_plain_loop(blank, max_symbols):
+    student = confident_student(blank)
+    hidden = 2 * torch.randn(5, 20, 32)
+    lengths = torch.tensor([20, 1, 13, 7, 19])
+    found = feed(GreedyTransducer(student, 5, max_symbols), hidden, lengths)
     with torch.no_grad():
-        assert labels_of(found) == [greedy_plainly(student, h[:n], max_symbols) for h, n in zip(hidden, lengths)]
-    said = sum(len(best.tokens) for [best] in found)
-    assert 0 < said < max_symbols * lengths.sum() and len({x for row in labels_of(found) for x in row}) > 2
-    pieces = feed(search.GreedyTransducer(student, 5, max_symbols), hidden, lengths, [3, 1, 9, 7])
+        expected = [greedy_plainly(student, h[:n], max_symbols) for h, n in zip(hidden, lengths)]
+    assert labels_of(found) == expected
+    assert 0 < sum(map(len, expected)) < max_symbols * lengths.sum()
+    assert len(set(sum(expected, []))) > 1
+    for [best], n in zip(found, lengths.tolist()):
+        frames = [token.frame for token in best.tokens]
+        assert frames == sorted(frames) and all(0 <= frame < n for frame in frames)
+        assert all(0 < token.probability <= 1 for token in best.tokens)
+
+    pieces = feed(GreedyTransducer(student, 5, max_symbols), hidden, lengths, [3, 1, 9, 7])
     for [piecewise], [best] in zip(pieces, found):
         assert [token[:2] for token in piecewise.tokens] == [token[:2] for token in best.tokens]
         assert piecewise.score == pytest.approx(best.score, abs=1e-4)
-    for [best], n in zip(found, lengths.tolist()):
-        frames = [token.frame for token in best.tokens]
-        assert frames == sorted(frames) and all(0 <= f < n for f in frames)
-        assert all(0 < token.probability <= 1 for token in best.tokens)
 
 
-def test_greedy_transducer_that_hears_nothing():
+def test_only_blank():
     student = Student(TINY).eval()
     student.joiner.out.bias.data[0] = 1e3
-    for one in (search.GreedyTransducer(student, 3), search.BeamTransducer(student, 3, 4)):
-        found = feed(one, torch.randn(3, 4, 32), torch.tensor([4, 2, 1]))
-        assert labels_of(found) == [[], [], []] and all(best.score == 0 for best, *_ in found)
+    for search in (GreedyTransducer(student, 3), BeamTransducer(student, 3, beam=4)):
+        found = feed(search, torch.randn(3, 4, 32), torch.tensor([4, 2, 1]))
+        assert labels_of(found) == [[], [], []]
+        assert all(best.score == 0 for best, *_ in found)
 
 
 def test_greedy_ctc_against_a_plain_loop():
     torch.manual_seed(0)
     student = Student(TINY).eval()
-    hidden, lengths = torch.randn(5, 40, 32), torch.tensor([40, 1, 13, 7, 19])
+    hidden = torch.randn(5, 40, 32)
+    lengths = torch.tensor([40, 1, 13, 7, 19])
     expected = []
-    for h, n in zip(student.ctc(hidden).tolist(), lengths):
-        row, before = [], None
-        for frame in h[:n]:
+    for frames, length in zip(student.ctc(hidden).tolist(), lengths):
+        row = []
+        previous = None
+        for frame in frames[:length]:
             best = frame.index(max(frame))
-            if best != before and best != 0:
+            if best != previous and best != 0:
                 row.append(best)
-            before = best
+            previous = best
         expected.append(row)
-    found = feed(search.GreedyCTC(student, 5), hidden, lengths)
-    assert labels_of(found) == expected and sum(map(len, expected)) > 5
-    pieces = feed(search.GreedyCTC(student, 5), hidden, lengths, [1, 20, 19])
+    found = feed(GreedyCTC(student, 5), hidden, lengths)
+    assert labels_of(found) == expected
+    assert sum(map(len, expected)) > 5
+    pieces = feed(GreedyCTC(student, 5), hidden, lengths, [1, 20, 19])
     assert [best.tokens for [best] in pieces] == [best.tokens for [best] in found]
 
 
-# ---------------------------------------------------------------------------- beam search
+# ---------------------------------------- beam search
 
-@pytest.mark.parametrize("kind", ["stateless", "lstm"])
-def test_a_wide_beam_sums_over_all_alignments(kind):
-    """With room for every hypothesis the score is the transducer's exact log-likelihood: all alignments merged."""
-    student = opinionated(kind, vocab_size=3)
+
+def test_a_wide_beam_sums_over_all_alignments():
+    """With room for every hypothesis a score is the transducer's exact log-likelihood."""
+    student = confident_student(vocab_size=3)
     hidden = torch.randn(2, 3, 32)
-    found = feed(search.BeamTransducer(student, 2, beam=128, max_symbols=2), hidden, torch.tensor([3, 2]))
-    for b, (row, T) in enumerate(zip(found, (3, 2))):
-        assert len(row) == 2 ** (2 * T + 1) - 1                                # every sequence of up to 2 T labels
-        for hypothesis in row:
-            targets = torch.tensor([[token.label for token in hypothesis.tokens]], dtype=torch.long)
-            if targets.shape[1] > 2:
-                continue                                                        # more could not be said in one frame
-            logits = student.joiner(hidden[b:b + 1, :T], student.predict(targets))
-            loss = losses.transducer_loss(logits, targets, torch.tensor([T]), torch.tensor([targets.shape[1]]))
+    search = BeamTransducer(student, 2, beam=128, max_symbols=2)
+    found = feed(search, hidden, torch.tensor([3, 2]))
+    for b, T in enumerate((3, 2)):
+        assert len(found[b]) == 2 ** (2 * T + 1) - 1  # every sequence of up to 2 T labels
+        for hypothesis in found[b]:
+            # Longer ones have alignments with more labels in a frame than the search allows.
+            if len(hypothesis.tokens) > 2:
+                continue
+            targets = torch.tensor([[t.label for t in hypothesis.tokens]], dtype=torch.long)
+            logits = student.joiner(hidden[b : b + 1, :T], student.predict(targets))
+            lengths = torch.tensor([T]), torch.tensor([targets.shape[1]])
+            loss = model.transducer_loss(logits, targets, *lengths)
             assert hypothesis.score == pytest.approx(-loss.item(), abs=1e-3)
 
 
 def beam_plainly(student, hidden, beam, max_symbols):
-    """One utterance, (T, d), with dictionaries: labels -> score."""
+    """One utterance, (T, d), with dictionaries -> {labels: score}"""
     kept = {(): 0.0}
     for frame in hidden:
-        now, done = [(score, said) for said, score in kept.items()], []
-        for s in range(max_symbols + 1):
+        now = [(score, labels) for labels, score in kept.items()]
+        done = []
+        for _ in range(max_symbols + 1):
             grown = []
-            for score, said in now:
-                predicted = student.predict(torch.tensor([said], dtype=torch.long))[:, -1:]
-                log_probs = student.joiner(frame[None, None], predicted).log_softmax(-1).flatten().tolist()
-                done.append((score + log_probs[0], said))
-                grown += [(score + p, (*said, label)) for label, p in enumerate(log_probs) if label]
-            worst = sorted((score for score, _ in done), reverse=True)[beam - 1] if len(done) >= beam else -math.inf
-            now = sorted((x for x in grown if x[0] > worst), reverse=True)[:beam]
+            for score, labels in now:
+                predicted = student.predict(torch.tensor([labels], dtype=torch.long))[:, -1:]
+                logits = student.joiner(frame[None, None], predicted)
+                blank, *others = logits.log_softmax(-1).flatten().tolist()
+                done.append((score + blank, labels))
+                for label, log_prob in enumerate(others, 1):
+                    grown.append((score + log_prob, (*labels, label)))
+            worst = -math.inf
+            if len(done) >= beam:
+                worst = sorted(done, reverse=True)[beam - 1][0]
+            now = sorted([one for one in grown if one[0] > worst], reverse=True)[:beam]
         merged = {}
-        for score, said in done:
-            merged[said] = torch.tensor([merged.get(said, -math.inf), score], dtype=torch.float64).logsumexp(0).item()
-        kept = dict(sorted(merged.items(), key=lambda x: -x[1])[:beam])
+        for score, labels in done:
+            both = torch.tensor([merged.get(labels, -math.inf), score], dtype=torch.float64)
+            merged[labels] = both.logsumexp(0).item()
+        kept = dict(sorted(merged.items(), key=lambda item: -item[1])[:beam])
     return kept
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5])
-@pytest.mark.parametrize("kind, blank", [("stateless", -2), ("lstm", 3)])
-def test_beam_search_against_dictionaries(kind, blank, beam):
-    student = opinionated(kind, blank)
-    hidden, lengths = 2 * torch.randn(4, 12, 32), torch.tensor([12, 1, 7, 9])
-    found = feed(search.BeamTransducer(student, 4, beam, max_symbols=2), hidden, lengths)
+@pytest.mark.parametrize("blank", [0, 3])
+def test_beam_search_against_dictionaries(blank, beam):
+    student = confident_student(blank)
+    hidden = 2 * torch.randn(4, 12, 32)
+    lengths = torch.tensor([12, 1, 7, 9])
+    found = feed(BeamTransducer(student, 4, beam, max_symbols=2), hidden, lengths)
     assert sum(map(len, labels_of(found))) > 2
-    with torch.no_grad():
-        for row, h, n in zip(found, hidden, lengths):
+    for ranked, h, n in zip(found, hidden, lengths):
+        with torch.no_grad():
             expected = beam_plainly(student, h[:n], beam, 2)
-            assert {tuple(t.label for t in x.tokens): pytest.approx(x.score, abs=1e-3) for x in row} == expected
-            ranks = [x.score / (len(x.tokens) + 1) for x in row]
-            assert ranks == sorted(ranks, reverse=True)
-            for x in row:
-                frames = [token.frame for token in x.tokens]
-                assert frames == sorted(frames) and all(0 <= f < n for f in frames)
-    pieces = feed(search.BeamTransducer(student, 4, beam, max_symbols=2), hidden, lengths, [5, 1, 6])
-    assert [[x.tokens for x in row] for row in pieces] == [[x.tokens for x in row] for row in found]
+        scores = {}
+        for hypothesis in ranked:
+            scores[tuple(t.label for t in hypothesis.tokens)] = hypothesis.score
+            frames = [token.frame for token in hypothesis.tokens]
+            assert frames == sorted(frames) and all(0 <= frame < n for frame in frames)
+        assert scores == pytest.approx(expected, abs=1e-3)
+        ranks = [hypothesis.score / (len(hypothesis.tokens) + 1) for hypothesis in ranked]
+        assert ranks == sorted(ranks, reverse=True)
+    pieces = feed(BeamTransducer(student, 4, beam, max_symbols=2), hidden, lengths, [5, 1, 6])
+    for piecewise, ranked in zip(pieces, found):
+        assert [one.tokens for one in piecewise] == [one.tokens for one in ranked]
 
 
-# ---------------------------------------------------------------------------- language models
+# ---------------------------------------- language model
 
-TOKENIZER = data.train_tokenizer(["BAB A", "AB BA"], 6, 100)                       # letters: blank, unk, A, B, space
+
+def letter_tokenizer(letters):
+    """blank, unknown, the start of a word, a token for each letter"""
+    vocabulary = {"<blank>": 0, "<unk>": 1, "\u2581": 2}
+    for letter in letters:
+        vocabulary[letter] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+TOKENIZER = letter_tokenizer("AB")
 
 
 def test_fusion_adds_the_language_model_at_the_end_of_each_word():
-    student, said = opinionated(vocab_size=TOKENIZER.get_vocab_size()), []
+    student = confident_student(vocab_size=TOKENIZER.get_vocab_size())
+    asked = set()
 
-    def lm(queries):
-        said.extend(queries)
-        return [-1.0 - len(words) - 0.1 * len(word) if word else 0.0 for words, word in queries]
-    fusion = search.Fusion(TOKENIZER, lm, 0.5, 2.0)
-    hidden, lengths = torch.randn(1, 2, 32), torch.tensor([2])
-    plain = feed(search.BeamTransducer(student, 1, 700, max_symbols=2), hidden, lengths)[0]
-    fused = feed(search.BeamTransducer(student, 1, 700, max_symbols=2, fusion=fusion), hidden, lengths)[0]
-    scores = {tuple(t.label for t in x.tokens): x.score for x in plain}
-    assert len(fused) == len(plain) == sum(4 ** n for n in range(5))
-    for x in fused:
-        words = decode.text_of(decode.words_of(TOKENIZER, x.tokens)).split()
-        if not any(t.label == 1 for t in x.tokens):
-            gain = sum(2.0 - 1.0 - i - 0.1 * len(word) for i, word in enumerate(words))
-            assert x.score == pytest.approx(scores[tuple(t.label for t in x.tokens)] + 0.5 * gain, abs=1e-3)
-    assert ((), "A") in said and (("A",), "B") in said
+    def lm(words, word):
+        asked.add((words, word))
+        return -1.0 - len(words) - 0.1 * len(word)
+
+    fusion = Fusion(TOKENIZER, lm, weight=0.5, bonus=2.0)
+    hidden = torch.randn(1, 2, 32)
+    lengths = torch.tensor([2])
+    # Without limits of the beam, each hypothesis of one search is in the other.
+    [plain] = feed(BeamTransducer(student, 1, 700, max_symbols=2), hidden, lengths)
+    [fused] = feed(BeamTransducer(student, 1, 700, max_symbols=2, fusion=fusion), hidden, lengths)
+    assert len(fused) == len(plain) == sum(4**n for n in range(5))
+    scores = {}
+    for hypothesis in plain:
+        scores[tuple(t.label for t in hypothesis.tokens)] = hypothesis.score
+    for hypothesis in fused:
+        labels = tuple(t.label for t in hypothesis.tokens)
+        if 1 in labels:
+            continue  # An unknown letter is not in the text.
+        gain = 0.0
+        for i, word in enumerate(text_of(words_of(TOKENIZER, hypothesis.tokens)).split()):
+            gain += 0.5 * (2.0 - 1.0 - i - 0.1 * len(word))
+        assert hypothesis.score == pytest.approx(scores[labels] + gain, abs=1e-3)
+    assert {((), "A"), (("A",), "B")} <= asked
 
 
 def test_ngram_by_hand(tmp_path):
     (tmp_path / "text.txt").write_text("the cat sat\nthe cat ran, the dog ran\n")
-    lm = search.NGram(tmp_path / "text.txt", order=2)
-    vocabulary = ["THE", "CAT", "SAT", "RAN", "DOG"]
-    unigram = {w: (c + 5 / 6) / (9 + 5) for w, c in zip(vocabulary, (3, 2, 1, 2, 1))}       # c(w) + t/6, 9 words, t = 5
-    p = lambda words, word: math.exp(lm([(words, word)])[0])
-    assert p((), "THE") == pytest.approx((2 + unigram["THE"]) / (2 + 1))                    # both lines start with it
+    lm = NGram(tmp_path / "text.txt", order=2)
+
+    def p(words, word):
+        return math.exp(lm(words, word))
+
+    # c(w) + t / 6 of 9 words, t = 5 different ones
+    frequencies = {"THE": 3, "CAT": 2, "SAT": 1, "RAN": 2, "DOG": 1}
+    unigram = {word: (n + 5 / 6) / (9 + 5) for word, n in frequencies.items()}
+    assert p((), "THE") == pytest.approx((2 + unigram["THE"]) / (2 + 1))  # both lines begin so
     assert p(("A", "THE"), "CAT") == pytest.approx((2 + 2 * unigram["CAT"]) / (3 + 2))
     assert p(("THE",), "EMU") == pytest.approx(2 * (5 / 6 / 14) / (3 + 2))
     for before in ((), ("THE",), ("CAT",), ("EMU",)):
-        assert sum(p(before, w) for w in [*vocabulary, "EMU"]) == pytest.approx(1)
-    assert lm([((), "")]) == [0.0]
+        assert sum(p(before, word) for word in [*frequencies, "EMU"]) == pytest.approx(1)
 
 
-def test_causal_lm_against_the_model_asked_directly(tmp_path):
-    torch.manual_seed(0)
-    letters = {"<s>": 0, **{c: i for i, c in enumerate(" abcdefghijklmnopqrstuvwxyz", 1)}}
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>").save_pretrained(tmp_path)
-    config = transformers.GPT2Config(vocab_size=28, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0)
-    gpt = transformers.GPT2LMHeadModel(config).eval()
-    gpt.save_pretrained(tmp_path)
-    lm = search.CausalLM(tmp_path, torch.device("cpu"))
-    queries = [((), "THE"), (("THE",), "CAT"), (("THE", "CAT"), ""), (("A", "LONGER", "ROW"), "OF")]
-    for (words, word), found in zip(queries, lm(queries)):
-        ids = [0] + [letters[c] for c in " ".join([*words, word]).strip().lower()]
-        with torch.no_grad():
-            log_probs = gpt(torch.tensor([ids])).logits[0].log_softmax(-1)
-        start = len(" ".join(words))
-        expected = sum(log_probs[i, ids[i + 1]].item() for i in range(start, len(ids) - 1))
-        assert found == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(decode.UserError, match="no/such"):
-        search.CausalLM("no/such", torch.device("cpu"))
+# ---------------------------------------- words and files
 
 
-# ---------------------------------------------------------------------------- files in, files out
-
-def tokens(text, start=0, gap=2):
-    """Letters of the TOKENIZER's, one each `gap` frames."""
-    ids = TOKENIZER.encode(text).ids
-    return [search.Token(label, start + gap * i, 1 - 0.1 * i) for i, label in enumerate(ids)]
+def tokens(tokenizer, text, start=0, gap=2):
+    """A token each `gap` frames, less and less probable"""
+    found = []
+    for i, label in enumerate(tokenizer.encode(text).ids):
+        found.append(Token(label, start + gap * i, 1 - 0.1 * i))
+    return found
 
 
 def test_words_have_the_times_and_the_confidence_of_their_tokens():
-    words = decode.words_of(TOKENIZER, tokens("AB A", start=10))                       # _ A B _ A at 10 12 14 16 18
+    words = words_of(TOKENIZER, tokens(TOKENIZER, "AB A", start=10))  # _AB _A at 10 12 14 16 18
     assert words == [Word("AB", 0.4, 0.6, 0.8), Word("A", 0.64, 0.76, 0.6)]
-    assert decode.words_of(TOKENIZER, []) == [] and decode.text_of(words) == "AB A"
+    assert text_of(words) == "AB A"
+    assert words_of(TOKENIZER, []) == []
+
+
+def cues_of(text):
+    """Body of an .srt or .vtt file -> list of (start, end, text), in seconds"""
+    cues = []
+    for block in text.strip().split("\n\n"):
+        _, times, *lines = block.split("\n")
+        seconds = []
+        for clock in times.replace(",", ".").split(" --> "):
+            hours, minutes, rest = clock.split(":")
+            seconds.append(3600 * int(hours) + 60 * int(minutes) + float(rest))
+        cues.append((*seconds, "\n".join(lines)))
+    return cues
+
+
+def test_chinese_without_spaces_is_many_words_and_cues():
+    text = "打开wifi吧再" * 15
+    tokenizer = letter_tokenizer("打开吧再wifi")
+    words = words_of(tokenizer, tokens(tokenizer, text, gap=10))
+    assert [word.word for word in words] == ["打", "开", "wifi", "吧", "再"] * 15
+    assert text_of(words) == text
+    cues = cues_of(subtitles(words, "."))
+    assert max(end - start for start, end, _ in cues) <= 6.01
+    assert len(cues) > 8 and "".join(line for *_, line in cues) == text
 
 
 def test_formats():
-    words = [Word("ONE", 0.4, 0.6, 0.5), Word("TWO", 0.7, 0.8, 1.0), Word("THREE", 3600.5, 3600.54, 0.25)]
-    u = data.Utterance("a b.wav", 3700, None, "a b")
-    rows = [(u, [(-1.5, words), (-2.5, words[:2])])]
-    assert decode.render(".txt", rows) == "a b.wav\tONE TWO THREE\n"
-    assert decode.render(".srt", rows) == ("1\n00:00:00,400 --> 00:00:01,400\nONE TWO\n\n"
-                                           "2\n01:00:00,500 --> 01:00:01,500\nTHREE\n\n")
-    assert decode.render(".vtt", rows).startswith("WEBVTT\n\n1\n00:00:00.400 --> 00:00:01.400\nONE TWO\n\n2\n01:00:00.5")
-    assert decode.render(".ctm", rows).splitlines()[::2] == [
-        "a_b 1 0.40 0.20 ONE 0.500", "a_b 1 3600.50 0.04 THREE 0.250"]
-    row = json.loads(decode.render(".jsonl", rows))
-    assert row["text"] == "ONE TWO THREE" and row["words"][1] == dict(word="TWO", start=0.7, end=0.8, confidence=1.0)
+    words = [
+        Word("ONE", 0.4, 0.6, 0.5),
+        Word("TWO", 0.7, 0.8, 1.0),
+        Word("THREE", 3600.5, 3600.54, 0.25),
+    ]
+    first = data.Utterance("b.wav", 3700, None, "b 1")
+    second = data.Utterance("a.wav", 9.0, None, "a", offset=4.0)
+    one = [(first, [(-1.5, words), (-2.5, words[:2])])]
+    both = [*one, (second, [(-1.0, words[:1])])]
+    assert FORMATS[".txt"](both) == "b.wav\tONE TWO THREE\na.wav\tONE\n"
+    srt = "1\n00:00:00,400 --> 00:00:01,400\nONE TWO\n\n2\n01:00:00,500 --> 01:00:01,500\nTHREE\n"
+    assert FORMATS[".srt"](one) == srt
+    assert FORMATS[".vtt"](one) == "WEBVTT\n\n" + srt.replace(",", ".")
+    assert FORMATS[".ctm"](both).splitlines() == [  # sorted by file, then time
+        "a 1 0.40 0.20 ONE 0.500",
+        "b_1 1 0.40 0.20 ONE 0.500",
+        "b_1 1 0.70 0.10 TWO 1.000",
+        "b_1 1 3600.50 0.04 THREE 0.250",
+    ]
+    row, segment = map(json.loads, FORMATS[".jsonl"](both).splitlines())
+    assert row["text"] == "ONE TWO THREE"
+    assert row["words"][1] == {"word": "TWO", "start": 0.7, "end": 0.8, "confidence": 1.0}
     assert row["nbest"][1] == {"score": -2.5, "text": "ONE TWO"}
+    assert (segment["offset"], segment["duration"]) == (4.0, 9.0) and "offset" not in row
 
 
-def test_cues_are_short_and_do_not_overlap():
-    draw, words, now = random.Random(0), [], 0.0
-    for i in range(300):
-        now += draw.choice([0.1, 0.3, 0.5, 2.0])
+@pytest.mark.parametrize("gaps", [(0.1, 0.3, 0.5, 2.0), (0.0, 0.0, 0.0, 0.04)])
+def test_cues_are_short_and_do_not_overlap(gaps):
+    """Words may be emitted in the frame in which the word before ended, or in one frame."""
+    draw = random.Random(0)
+    words = []
+    now = 0.0
+    for _ in range(300):
+        now += draw.choice(gaps)
         words.append(Word("W" * draw.randrange(1, 12), now, now + 0.08, 1.0))
-    cues = decode.subtitles(words, ".").strip().split("\n\n")
-    seconds = lambda clock: sum(float(x) * 60 ** i for i, x in enumerate(reversed(clock.split(":"))))
-    times = [[seconds(x) for x in cue.splitlines()[1].split(" --> ")] for cue in cues]
-    assert " ".join(cue.splitlines()[2] for cue in cues) == decode.text_of(words)
-    assert all(0 < end - start <= 6.1 for start, end in times) and all(len(cue.splitlines()[2]) <= 92 for cue in cues)
-    assert all(a[1] <= b[0] for a, b in zip(times, times[1:]))
+    cues = cues_of(subtitles(words, "."))
+    assert " ".join(line for *_, line in cues) == text_of(words)
+    assert all(0 < end - start <= 6.1 for start, end, _ in cues)
+    assert all(before[1] <= after[0] for before, after in zip(cues, cues[1:]))
+    if gaps[0]:
+        assert all(len(line) <= 92 for *_, line in cues)
+
+
+# ---------------------------------------- python decode.py
 
 
 @pytest.fixture(scope="module")
 def checkpoint(demo_utterances, tmp_path_factory):
-    """A student that is not trained, but full of opinions about letters."""
-    tokenizer = data.train_tokenizer([u.text for u in demo_utterances], 40, 2)
-    student, folder = opinionated(blank=3, vocab_size=tokenizer.get_vocab_size()), tmp_path_factory.mktemp("checkpoint")
-    model.save_checkpoint(folder / "best.pt", model=student.state_dict(), config=student.config,
-                          tokenizer=tokenizer.to_str())
+    """A run whose student is not trained, but has many letters for everything."""
+    tokenizer = data.train_tokenizer([u.text for u in demo_utterances], 40)
+    student = confident_student(blank=3, vocab_size=tokenizer.get_vocab_size())
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_checkpoint(
+        folder / "best.pt",
+        model=student.state_dict(),
+        config=student.config,
+        tokenizer=tokenizer.to_str(),
+    )
     return folder
 
 
+@pytest.fixture(scope="module")
+def clips():
+    return sorted((DEMO / "corpus/test").rglob("*.opus"))[:2]
+
+
 def run(checkpoint, capsys, *arguments):
-    code = decode.main([*map(str, arguments), "--checkpoint", str(checkpoint), "--device", "cpu", "--workers", "0"])
+    """-> exit code, stdout, stderr"""
+    machine = ["--device", "cpu", "--workers", "0"]
+    code = decode.main([*map(str, arguments), "--checkpoint", str(checkpoint), *machine])
     return code, *capsys.readouterr()
 
 
-def test_files_of_every_kind(checkpoint, tmp_path, capsys):
-    """Text for what has text, one line each for the rest; one bad file never ends a run."""
-    source = next((DEMO / "corpus/test").rglob("*.opus"))
-    audio = data.load_audio(source)
-    good = {"mono.wav": (16_000, 1, "PCM_16"), "stereo.flac": (48_000, 2, "PCM_24"), "telephone.wav": (8000, 1, "ULAW"),
-            "song.mp3": (44_100, 2, None), "radio.ogg": (22_050, 1, "VORBIS"), "odd.aiff": (11_025, 3, "PCM_S8"),
-            "float.wav": (96_000, 1, "DOUBLE")}
-    for name, (rate, channels, subtype) in good.items():
-        samples = torchaudio.functional.resample(audio, 16_000, rate)[:, None].expand(-1, channels)
-        soundfile.write(tmp_path / name, samples.numpy(), rate, subtype=subtype)
-    shutil.copy(source, tmp_path / "as_it_was.opus")
+def manifest(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_files_of_every_kind(checkpoint, clips, tmp_path, capsys):
+    """Text for what has sound, one line each for the rest; one bad file never ends a run."""
+    audio = data.load_audio(clips[0])
+    kinds = {
+        "mono.wav": (16_000, 1, "PCM_16"),
+        "stereo.flac": (48_000, 2, "PCM_24"),
+        "telephone.wav": (8000, 1, "ULAW"),
+        "song.mp3": (44_100, 2, None),
+        "radio.ogg": (22_050, 1, "VORBIS"),
+        "odd.aiff": (11_025, 3, "PCM_S8"),
+        "float.wav": (96_000, 1, "DOUBLE"),
+    }
+    for name, (rate, channels, subtype) in kinds.items():
+        samples = torchaudio.functional.resample(audio, 16_000, rate)[:, None]
+        samples = samples.expand(-1, channels).numpy()
+        soundfile.write(tmp_path / name, samples, rate, subtype=subtype)
+    shutil.copy(clips[0], tmp_path / "as_it_was.opus")
     (tmp_path / "letter.wav").write_text("not a sound")
     (tmp_path / "empty.wav").write_bytes(b"")
     soundfile.write(tmp_path / "nothing.wav", audio[:0].numpy(), 16_000)
-    (tmp_path / "truncated.flac").write_bytes((tmp_path / "stereo.flac").read_bytes()[:300])
-    bad = ["letter.wav", "empty.wav", "nothing.wav", "truncated.flac"]
-    (tmp_path / "cover.jpg").write_bytes(b"no audio, in a folder nobody asks for it")
+    beginning = (tmp_path / "stereo.flac").read_bytes()[:300]
+    (tmp_path / "truncated.flac").write_bytes(beginning)
+    (tmp_path / "cover.jpg").write_bytes(b"no audio, in a folder where nobody looks for it")
+
     code, out, err = run(checkpoint, capsys, tmp_path)
-    assert code == 0 and sorted(line.split("\t")[0].split("/")[-1] for line in out.splitlines()) == sorted(
-        [*good, "as_it_was.opus"])
-    assert all(line.split("\t")[1] for line in out.splitlines())
+    assert code == 0
+    rows = [line.split("\t") for line in out.splitlines()]
+    names = sorted(path.split("/")[-1] for path, _ in rows)
+    assert names == sorted([*kinds, "as_it_was.opus"])
+    assert all(text for _, text in rows)
+    bad = ["letter.wav", "empty.wav", "nothing.wav", "truncated.flac"]
     for name in bad:
-        assert [line for line in err.splitlines() if name in line and "skipped: " in line], (name, err)
+        assert [line for line in err.splitlines() if name in line and "skipped: " in line], name
         code, out, alone = run(checkpoint, capsys, tmp_path / name)
         assert code == 2 and not out and "Traceback" not in alone and name in alone
-    assert run(checkpoint, capsys, *(tmp_path / name for name in [*bad, "mono.wav"]))[0] == 0
+    mixture = [tmp_path / name for name in [*bad, "missing.wav", "mono.wav"]]
+    code, out, err = run(checkpoint, capsys, *mixture)
+    assert code == 0 and len(out.splitlines()) == 1
+    assert "1 utterance, 5 could not be used" in err
 
 
-def test_outputs(checkpoint, tmp_path, capsys):
-    files = sorted((DEMO / "corpus/test").rglob("*.opus"))[:2]
-    assert run(checkpoint, capsys, *files)[0] == 0
+def test_a_missing_file_is_not_cured_by_a_download(checkpoint, capsys):
+    code, _, err = run(checkpoint, capsys, "missing.wav")
+    assert code == 2 and "missing.wav" in err and "check its name" in err
+    assert "download" not in err
+
+
+def test_outputs(checkpoint, clips, tmp_path, capsys):
     for kind in ("txt", "jsonl", "ctm"):
-        assert run(checkpoint, capsys, *files, "--beam", "3", "--output", tmp_path / f"x.{kind}")[0] == 0
+        output = tmp_path / f"x.{kind}"
+        assert run(checkpoint, capsys, *clips, "--beam", 3, "--output", output)[0] == 0
     rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
-    plain = [line.split("\t")[1] for line in (tmp_path / "x.txt").read_text().splitlines()]
-    assert [row["text"] for row in rows] == plain
-    assert all(1 <= len(row["nbest"]) <= 3 and row["nbest"][0]["text"] == row["text"] for row in rows)
-    again = data.load_utterances(tmp_path / "x.jsonl")                                 # a manifest of pseudo-labels
-    assert [(u.path, u.text) for u in again] == [(row["audio_filepath"], row["text"]) for row in rows]
+    texts = [row["text"] for row in rows]
+    lines = (tmp_path / "x.txt").read_text().splitlines()
+    assert [line.split("\t")[1] for line in lines] == texts
+    for row in rows:
+        assert 1 <= len(row["nbest"]) <= 3 and row["nbest"][0]["text"] == row["text"]
+    again = data.load_utterances(tmp_path / "x.jsonl")  # a manifest of pseudo-labels
+    paths = [row["audio_filepath"] for row in rows]
+    assert [(u.path, u.text) for u in again] == list(zip(paths, texts))
     ctm = [line.split() for line in (tmp_path / "x.ctm").read_text().splitlines()]
-    assert [word for *_, word, _ in ctm] == " ".join(row["text"] for row in rows).split()
+    assert [word for *_, word, _ in ctm] == " ".join(texts).split()
     for kind in ("srt", "vtt"):
-        assert run(checkpoint, capsys, files[0], "--output", tmp_path / f"x.{kind}")[0] == 0
-        assert " --> " in (tmp_path / f"x.{kind}").read_text()
+        output = tmp_path / f"x.{kind}"
+        assert run(checkpoint, capsys, clips[0], "--output", output)[0] == 0
+        assert " --> " in output.read_text()
     (tmp_path / "words.txt").write_text("ONE TWO\n")
-    assert run(checkpoint, capsys, files[0], "--beam", "2", "--lm", tmp_path / "words.txt")[0] == 0
+    lm = ["--beam", 2, "--lm", tmp_path / "words.txt"]
+    assert run(checkpoint, capsys, clips[0], *lm)[0] == 0
 
 
-def test_mistakes_are_one_line(checkpoint, tmp_path, capsys):
-    files = sorted((DEMO / "corpus/test").rglob("*.opus"))[:2]
-    for arguments, word in [
-        ([*files, "--output", tmp_path / "x.srt"], ".jsonl"), ([files[0], "--output", "x.doc"], ".ctm"),
-        ([files[0], "--beam", "0"], "--beam"), ([files[0], "--beam", "2", "--method", "ctc"], "--beam"),
-        ([files[0], "--lm", "x.txt"], "--beam 8"), ([files[0], "--beam", "2", "--lm", tmp_path / "none"], "--lm"),
-        (["--stream", "x", files[0]], "not both"), (["--output", tmp_path / "x.srt"], ".jsonl"),
-        ([files[0], "--output", tmp_path / "none/x.txt"], "none/x.txt"),
+def test_scores(checkpoint, clips, tmp_path, capsys):
+    """A file of scores for each test set; an empty reference counts, a missing one does not."""
+    paths = [str(clip) for clip in clips]
+    ids = ["first", "second"]
+    texts = ["ONE TWO THREE", ""]
+    rows = []
+    for path, id, text in zip(paths, ids, texts):
+        rows.append({"audio_filepath": path, "id": id, "text": text})
+    missing = {"audio_filepath": str(next((DEMO / "corpus/dev").rglob("*.opus")))}
+    (tmp_path / "other").mkdir()
+    other = manifest(tmp_path / "other/test.jsonl", rows[:1])
+    code, out, err = run(checkpoint, capsys, "--data", other)
+    assert code == 0 and "1 utterance" in out and "1 utterances" not in out
+    assert "RTF" in out and "normalised: NFKC" in out and all(len(x) < 140 for x in out.split("\n"))
+    kept = (checkpoint / "scores-other-test.jsonl").read_bytes()
+
+    (tmp_path / "mine").mkdir()
+    mine = manifest(tmp_path / "mine/test.jsonl", [*rows, missing])
+    code, out, err = run(checkpoint, capsys, "--data", mine)
+    assert code == 0 and "no transcript" in err and "2 utterances, 1 could not be used" in out
+    assert (checkpoint / "scores-other-test.jsonl").read_bytes() == kept
+    scores = (checkpoint / "scores-mine-test.jsonl").read_text().splitlines()
+    first, second = map(json.loads, scores)
+    assert (second["reference"], second["words"]) == ("", 0)
+    assert second["insertions"] == len(second["hypothesis"].split()) > 0
+    total = sum(
+        row[kind]
+        for row in (first, second)
+        for kind in ("substitutions", "deletions", "insertions")
+    )
+    assert f"[ {total} / 3, " in out.splitlines()[0]
+    assert [h for _, h in first["alignment"] if h != "*"] == first["hypothesis"].split()
+    bar = err.replace("\r", "\n")
+    assert "/" in bar and " s [" in bar and "." not in bar.split("decoding: ")[1].split(" s [")[0]
+
+
+def test_texts_are_on_disk_before_they_are_scored(checkpoint, clips, tmp_path, capsys, monkeypatch):
+    def fail(reference, hypothesis):
+        raise MemoryError("no memory is left")
+
+    monkeypatch.setattr(decode, "word_errors", fail)
+    row = {"audio_filepath": str(clips[0]), "text": "ONE"}
+    source = manifest(tmp_path / "source.jsonl", [row])
+    output = tmp_path / "scores.jsonl"
+    assert run(checkpoint, capsys, "--data", source, "--output", output)[0] == 2
+    [row] = map(json.loads, output.read_text().splitlines())
+    assert row["reference"] == "ONE" and row["hypothesis"]
+
+
+def test_mistakes_are_one_line(checkpoint, clips, tmp_path, capsys):
+    for arguments, cure in [
+        ([*clips, "--output", tmp_path / "x.srt"], ".jsonl"),
+        ([clips[0], "--output", "x.doc"], ".ctm"),
+        ([clips[0], "--beam", "0"], "--beam"),
+        ([clips[0], "--beam", "2", "--method", "ctc"], "--beam"),
+        ([clips[0], "--lm", __file__], "--beam 8"),
+        ([clips[0], "--beam", "2", "--lm", tmp_path / "typo.txt"], "give a text file"),
+        (["--stream", "x", clips[0]], "not both"),
+        (["--stream", "x", "--output", "x.txt"], "> FILE"),
+        (["--output", tmp_path / "x.srt"], ".jsonl"),
+        ([clips[0], "--output", tmp_path / "none/x.txt"], "none/x.txt"),
+        (["--data", tmp_path, "--output", tmp_path / "none/x.jsonl"], "none/x.jsonl"),
+        (["--data", "missing-clean"], "download"),
+        ([clips[0], "--chunk", "-1"], "--chunk"),
+        ([clips[0], "--batch-seconds", "0"], "--batch-seconds"),
+        ([clips[0], "--plot", tmp_path / "x.words"], ".png"),
     ]:
         code, out, err = run(checkpoint, capsys, *arguments)
         last = err.splitlines()[-1]
-        assert code == 2 and not out and ": error: " in last and word in last, err
+        assert code == 2 and not out and ": error: " in last and cure in last, err
+        assert "decoding" not in err
+    assert not list(tmp_path.iterdir())
 
 
-def test_plot(checkpoint, tmp_path, capsys, monkeypatch):
-    file = next((DEMO / "corpus/test").rglob("*.opus"))
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)                        # as if it were not installed
-    code, out, err = run(checkpoint, capsys, file, "--plot", tmp_path / "x.png")
-    assert code == 0 and out and "pip install matplotlib" in err and not (tmp_path / "x.png").exists()
+# ---------------------------------------- --plot
+
+
+def test_plot(checkpoint, clips, tmp_path, capsys, monkeypatch):
+    picture = tmp_path / "x.png"
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)  # as if not installed
+    code, out, err = run(checkpoint, capsys, clips[0], "--plot", picture)
+    assert code == 2 and not out and "pip install matplotlib" in err
     monkeypatch.undo()
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: --plot was NOT tried")
-    assert run(checkpoint, capsys, file, "--plot", tmp_path / "x.png")[0] == 0
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    pytest.importorskip("matplotlib", reason="no matplotlib: --plot was NOT tried")
+    assert run(checkpoint, capsys, clips[0], "--plot", picture)[0] == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_lattice_posterior_against_the_gradient_of_the_loss():
-    """dL/dz_k = softmax_k * posterior of the node - posterior of the arc k: without an arc k, the posterior is left."""
+@pytest.mark.parametrize("seconds", [4.0, 90.0])
+def test_tokens_in_a_plot_do_not_collide(seconds, tmp_path):
+    pytest.importorskip("matplotlib", reason="no matplotlib: --plot was NOT tried")
+    soundfile.write(tmp_path / "x.wav", 0.1 * torch.randn(int(16_000 * seconds)).numpy(), 16_000)
+    tokenizer = letter_tokenizer(["A", "LONGER", "I", "MORNING"])
+    student = confident_student(vocab_size=tokenizer.get_vocab_size(), seconds=10.0)
+    frames = range(0, int(25 * seconds), 3)
+    found = [Token(2 + frame % 5, frame, 0.5) for frame in frames]
+    utterance = data.Utterance(str(tmp_path / "x.wav"), seconds)
+    figure = draw_alignment(student, tokenizer, utterance, found, chunk=0)
+    assert figure.get_size_inches()[0] <= 22
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == len([frame for frame in frames if frame < 30 * 25])
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_node_posteriors_against_the_gradient_of_the_loss():
+    """dL/dz_k = softmax_k * posterior of the node - posterior of the arc k; most k have no arc."""
     torch.manual_seed(0)
-    logits, targets = 2 * torch.randn(7, 5, 9), torch.tensor([3, 1, 1, 4])
+    logits = 2 * torch.randn(7, 5, 9)
+    targets = torch.tensor([3, 1, 1, 4])
     z = logits[None].clone().requires_grad_()
-    losses.transducer_loss(z, targets[None], torch.tensor([7]), torch.tensor([4])).backward()
+    model.transducer_loss(z, targets[None], torch.tensor([7]), torch.tensor([4])).backward()
     expected = (z.grad[0] / logits.softmax(-1))[..., 8]
-    torch.testing.assert_close(losses.lattice_posterior(logits, targets), expected, atol=1e-4, rtol=1e-3)
+    found = model.node_posteriors(logits, targets)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,78 @@
+"""The optimizer of both stages against torch's own."""
+
+import copy
+
+import pytest
+import torch
+
+from model import Config, Student
+from tools.muon import Muon, orthogonalise, split_matrices
+
+DECAY = 1e-2
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (16, 64), (64, 16), (32, 32)])
+def test_orthogonalised_is_nearly_u_times_v(shape):
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    s = torch.linspace(3, 30, len(s))
+    found = orthogonalise(u @ s.diag() @ v).float()
+    sizes = (u.T @ found @ v.T).diagonal()
+    # Every direction is about equally long, and none of them is turned.
+    assert (sizes - 1).abs().max() < 0.35
+    assert (found - u @ sizes.diag() @ v).abs().max() < 0.05
+
+
+def groups_of(student):
+    """As stage 2 has them: what is new, and the encoder's vectors and matrices at their own rate"""
+    new = [*student.predictor.parameters(), *student.joiner.parameters(), *student.ctc.parameters()]
+    matrices, others = split_matrices(student.encoder.blocks)
+    others += student.encoder.subsampling.parameters()
+    return new, others, matrices
+
+
+def our_optimizer(student):
+    new, others, matrices = groups_of(student)
+    groups = [
+        {"params": new},
+        {"params": others, "lr": 2e-3},
+        {"params": matrices, "lr": 2e-3, "muon": True},
+    ]
+    return Muon(groups, 1e-2)
+
+
+def test_one_optimizer_is_torchs_muon_and_torchs_adamw():
+    """Ten updates, saved and loaded in the middle; the encoder frozen at first, as in stage 2."""
+    torch.manual_seed(0)
+    ours = Student(Config(dim=32, layers=2, kernel=7, channels=8, vocab_size=20))
+    theirs = copy.deepcopy(ours)
+    start = copy.deepcopy(ours)
+    matrices = set()
+    for name, p in ours.named_parameters():
+        if name.startswith("encoder.blocks.") and p.dim() == 2:
+            matrices.add(name)
+    assert len(matrices) == 2 * 8 and "encoder.blocks.1.attention.qkv.weight" in matrices
+    optimizer = our_optimizer(ours)
+    new, others, muons = groups_of(theirs)
+    # Its updates have half the size of ours: twice the rate, half the decay.
+    references = [
+        torch.optim.Muon(muons, lr=4e-3, weight_decay=DECAY / 2, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=DECAY),
+        torch.optim.AdamW(new, lr=1e-2, betas=(0.9, 0.98), weight_decay=DECAY),
+    ]
+    for step in range(10):
+        if step == 5:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = our_optimizer(ours)
+            optimizer.load_state_dict(state)
+        for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+            if step >= 2 or not name.startswith("encoder."):
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+        for one in (optimizer, *references):
+            one.step()
+    students = ours.named_parameters(), theirs.parameters(), start.parameters()
+    for (name, p), q, before in zip(*students):
+        # torch's Muon computes in bfloat16 on every machine, ours where that is fast.
+        tolerance = 0.06 if name in matrices else 1e-4
+        assert (p - q).norm() < tolerance * (p - before).norm(), name
