@@ -1,7 +1,7 @@
 """Stage 2: the pre-trained encoder becomes a neural transducer on transcribed speech.
 
-    python finetune_rnnt.py                                   # the demo, after pretrain_kd.py: minutes
-    python finetune_rnnt.py --init none --out exp/scratch     # the baseline without distillation
+    python finetune_rnnt.py                                 # the demo, after pretrain_kd.py
+    python finetune_rnnt.py --init none --out exp/scratch   # the baseline without distillation
     python finetune_rnnt.py --data LibriSpeech/train-clean-100 --dev LibriSpeech/dev-clean \\
         --init exp/pretrain-100h --steps 40000 --batch-seconds 400 --spec-augment 27 \\
         --out exp/finetune-100h                               # one GPU
@@ -52,8 +52,8 @@ def parse(argv):
         "--init",
         default="exp/pretrain",
         metavar="RUN",
-        help="run directory or checkpoint to begin with: of stage 1, or of stage 2 to adapt a finished "
-        "recogniser to other speech; or 'none' (default %(default)s)",
+        help="run directory or checkpoint to begin with: of stage 1, or of stage 2 to adapt a "
+        "finished recogniser to other speech; or 'none' (default %(default)s)",
     )
     group.add_argument(
         "--size",
@@ -163,7 +163,8 @@ def parse(argv):
         folder = path if path.is_dir() else path.parent
         if path.exists() and folder.resolve() == args.out.resolve():
             raise UserError(
-                f"--out {args.out} holds what this run begins with or is taught by; choose another --out"
+                f"--out {args.out} holds what this run begins with or is taught by; choose another "
+                f"--out"
             )
     return args
 
@@ -174,8 +175,8 @@ def parse(argv):
 def new_student(args, train_set, tokenizer):
     """-> (student, its tokenizer, one line on what it inherited)
 
-    Everything new; or the encoder of stage 1 under a new predictor, joiner and CTC head; or a finished
-    recogniser, whole. tokenizer: that of the transducer teachers, or None.
+    Everything new; or the encoder of stage 1 under a new predictor, joiner and CTC head; or a
+    finished recogniser, whole. tokenizer: that of the transducer teachers, or None.
     """
     checkpoint = {}
     if args.init != "none":
@@ -245,7 +246,8 @@ def new_optimizer(args, student, decoder):
 
 @torch.no_grad()
 def evaluate(student, tokenizer, loader, run):
-    """-> {name: WER in percent} of greedy search on the development utterances, one of them printed"""
+    """-> {name: WER in percent} of greedy search on the development utterances, one of them
+    printed"""
     totals = {"transducer": decode.Errors(), "ctc": decode.Errors()}
     for batch in loader.epoch():
         if not batch.utterances:

@@ -1,8 +1,8 @@
 """The student and everything differentiable: encoder, heads, transducer, losses, checkpoints.
 
-    features (B, F, 80) --encoder--> hidden (B, T, d) --heads[k]--> embedding of teacher k (B, T, D_k)   stage 1
+    features (B, F, 80) --encoder--> hidden (B, T, d) --heads[k]--> (B, T, D_k)          stage 1
                                          |--ctc--> (B, T, V)
-                                         '--joiner( . , predictor(labels))--> (B, T, U+1, V)             stage 2
+                                         '--joiner( . , predictor(labels))--> (B, T, U+1, V)    2
 
 Axes: B batch, F feature frames (100 Hz), T encoder frames (25 Hz), U labels, V vocabulary with
 blank 0, d width of the encoder, D width of a teacher, P width of the predictor, J of the joiner.
@@ -88,7 +88,7 @@ def valid_mask(lengths, size):
 
 
 class Subsampling(nn.Module):
-    """Two 3x3 convolutions of stride 2: (B, F, 80) at 100 Hz -> (B, T, d) at 25 Hz, T = ceil(F / 2) // 2.
+    """Two 3x3 convolutions of stride 2: 100 Hz -> 25 Hz, T = ceil(F / 2) // 2.
 
     The second one pads only on the right. That centres frame t on feature frame 4t + 2, the middle
     of its 40 ms: the instant on which the teachers' embeddings of frame t are centred.
@@ -216,7 +216,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask, valid, past=(None, None)):
-        """x (B, T, d) -> (B, T, d), past; past: what attention and convolution keep of frames before x"""
+        """x (B, T, d) -> (B, T, d), the past of the next frames
+
+        past: what attention and convolution keep of the frames before x.
+        """
         x = x + 0.5 * self.dropout(self.feed_forward1(x))
         y, keys_values = self.attention(x, mask, past[0])
         x = x + self.dropout(y)
@@ -262,7 +265,7 @@ class Encoder(nn.Module):
         mask = valid[:, None, None, :]
         chunk = self.config.chunk if chunk is None else chunk
         if chunk == RANDOM_CHUNK:
-            # torch's own generator, which is seeded before each batch: a resumed run draws the same.
+            # torch's own generator, seeded before each batch: a resumed run draws the same.
             chunk = 0
             if self.training:
                 chunk = RANDOM_CHUNKS[torch.randint(len(RANDOM_CHUNKS), ()).item()]
@@ -341,7 +344,7 @@ class Joiner(nn.Module):
 
 
 def projection_head(config, teacher_dim):
-    """What reads a teacher's embedding off the student: p_k = Linear_k(h) [ours: one per teacher]."""
+    """p_k = Linear_k(h): reads teacher k's embedding off the student. [ours]: one per teacher."""
     return nn.Linear(config.dim, teacher_dim)
 
 
@@ -392,16 +395,16 @@ class Hypothesis:
 
 
 def l1_loss(prediction, target, lengths):
-    """Distance to a teacher (arXiv 2303.10917): sum over valid frames of mean over dimensions |p - e|
+    """Distance to a teacher (arXiv 2303.10917): |p - e|, mean over dimensions, sum over frames
 
-    prediction (B, T, D), target (B, T', D), lengths (B,) valid frames -> scalar; divided by the number
-    of frames it is the mean. Student and teacher may differ by a frame or two at the end of an
-    utterance and are cut to the shorter; more is an error of alignment: ValueError.
+    prediction (B, T, D), target (B, T', D), lengths (B,) valid frames -> scalar; divided by the
+    number of frames it is the mean. Student and teacher may differ by a frame or two at the end of
+    an utterance and are cut to the shorter; more is an error of alignment: ValueError.
     """
     if abs(prediction.shape[1] - target.shape[1]) > 2:
         raise ValueError(
-            f"student has {prediction.shape[1]} frames, teacher {target.shape[1]}: they must differ "
-            f"by at most 2"
+            f"student has {prediction.shape[1]} frames, teacher {target.shape[1]}: they must "
+            f"differ by at most 2"
         )
     T = min(prediction.shape[1], target.shape[1])
     distance = (prediction[:, :T] - target[:, :T]).abs().mean(-1)  # (B, T)
@@ -422,30 +425,31 @@ def ctc_loss(logits, targets, lengths, target_lengths):
     )
 
 
-# The transducer loss (Graves 2012, arXiv 1211.3711). A transducer reads T frames and writes U labels.
-# At node (t, u), frame t after u labels, it emits blank and goes to (t+1, u), or the next label and
-# goes to (t, u+1). These two arcs are two entries of the node's log-softmax over V, and nothing else
-# of the (B, T, U+1, V) logits matters. With everything in logs,
+# The transducer loss (Graves 2012, arXiv 1211.3711). A transducer reads T frames and writes U
+# labels. At node (t, u), frame t after u labels, it emits blank and goes to (t+1, u), or the next
+# label and goes to (t, u+1). These two arcs are two entries of the node's log-softmax over V, and
+# nothing else of the (B, T, U+1, V) logits matters. With everything in logs,
 #
-#     alpha(t, u) = logaddexp(alpha(t-1, u) + blank(t-1, u), alpha(t, u-1) + label(t, u-1))     eq. 16
-#     L = -log P(y | x) = -(alpha(T-1, U) + blank(T-1, U))                                      eq. 19
+#     alpha(t, u) = logaddexp(alpha(t-1, u) + blank(t-1, u), alpha(t, u-1) + label(t, u-1)) (16)
+#     L = -log P(y | x) = -(alpha(T-1, U) + blank(T-1, U))                                  (19)
 #
 # and by the chain rule dL/dlogits = sum over arcs of dL/darc * darc/dlogits, where -dL/darc is the
-# posterior probability that an alignment takes the arc (eq. 20). So the loss is made in three steps:
-# read all arcs, piece by piece and without a graph; run the lattice, with a graph on the arcs alone;
-# read the arcs again, now with a graph, and push each piece's gradient through at once. No more than
-# a piece of the logits is in memory at any time.
+# posterior probability that an alignment takes the arc (20). So the loss is made in three
+# steps: read all arcs, piece by piece and without a graph; run the lattice, with a graph on the
+# arcs alone; read the arcs again, now with a graph, and push each piece's gradient through at
+# once. No more than a piece of the logits is in memory at any time.
 
 
 def transducer_loss(logits, targets, logit_lengths, target_lengths, blank=BLANK, reduction="mean"):
     """-log P(targets | logits), summed over all alignments; value and gradient are exact.
 
-    logits (B, T, U+1, V) float, unnormalised; targets (B, U) int; lengths (B,) int; reduction none |
-    mean | sum, over the batch. A frame may emit several labels, so U may exceed T. What lies behind
-    an utterance's lengths gets no gradient and does no harm, NaN included. The softmax is float32
-    whatever autocast says, the lattice float64; log-probabilities below -1e9 count as -1e9, so a loss
-    of 1e9 or more means that the logits (-inf) leave no path. Second derivatives raise RuntimeError.
-    Raises ValueError naming the argument for shapes, ranges or lengths that do not fit.
+    logits (B, T, U+1, V) float, unnormalised; targets (B, U) int; lengths (B,) int; reduction none
+    | mean | sum, over the batch. A frame may emit several labels, so U may exceed T. What lies
+    behind an utterance's lengths gets no gradient and does no harm, NaN included. The softmax is
+    float32 whatever autocast says, the lattice float64; log-probabilities below -1e9 count as
+    -1e9, so a loss of 1e9 or more means that the logits (-inf) leave no path. Second derivatives
+    raise RuntimeError. Raises ValueError naming the argument for shapes, ranges or lengths that do
+    not fit.
     """
     if logits.dim() != 4:
         raise ValueError(f"logits must have shape (B, T, U+1, V), found {tuple(logits.shape)}")
@@ -470,8 +474,9 @@ def transducer_loss_from_joiner(
 ):
     """transducer_loss(joiner(hidden, predicted), ...) without its (B, T, U+1, V) logits
 
-    joiner: Joiner; hidden (B, T, d); predicted (B, U+1, P). Value and gradients are the same, but for
-    nodes that all alignments together visit with a probability below 1e-8: they get no gradient.
+    joiner: Joiner; hidden (B, T, d); predicted (B, U+1, P). Value and gradients are the same, but
+    for nodes that all alignments together visit with a probability below 1e-8: they get no
+    gradient.
     """
     V = joiner.out.out_features
     shape = (*hidden.shape[:2], predicted.shape[1], V)
@@ -497,8 +502,8 @@ def transducer_loss_from_joiner(
 class TransducerLoss(torch.autograd.Function):
     """The three steps above: two in forward, the third in backward -> losses (B,)
 
-    select(tensors, b, t, u): the parts of `tensors` that belong to frames t and labels u (slices) of
-    utterance b, as views; node_logits(*parts) -> the logits (t, u, V) of these nodes.
+    select(tensors, b, t, u): the parts of `tensors` that belong to frames t and labels u (slices)
+    of utterance b, as views; node_logits(*parts) -> the logits (t, u, V) of these nodes.
     """
 
     @staticmethod
@@ -528,15 +533,9 @@ class TransducerLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        gradients = TransducerGradient.apply(ctx, upstream, *ctx.saved_tensors)
-        return None, None, None, None, None, None, None, *gradients
-
-
-class TransducerGradient(torch.autograd.Function):
-    """The third step. A function of its own, so that a second derivative raises instead of being wrong."""
-
-    @staticmethod
-    def forward(_, ctx, upstream, targets, arc_gradients, *tensors):
+        if torch.is_grad_enabled():  # it would be silently wrong
+            raise RuntimeError("the transducer loss has no second derivative")
+        targets, arc_gradients, *tensors = ctx.saved_tensors
         node_logits, select = ctx.functions
         first, last = visited_labels(-arc_gradients.sum(-1))
         arc_gradients = arc_gradients * upstream[:, None, None, None]
@@ -553,15 +552,11 @@ class TransducerGradient(torch.autograd.Function):
             piece_gradients = torch.autograd.grad(arcs, parts, arc_gradients[b, t, u])
             for whole, part in zip(select(gradients, b, t, u), piece_gradients):
                 whole += part
-        return tuple(gradients)
-
-    @staticmethod
-    def backward(_, *upstream):
-        raise RuntimeError("the transducer loss has no second derivative")
+        return None, None, None, None, None, None, None, *gradients
 
 
 def read_arcs(logits, labels, blank):
-    """logits (t, u, V), the label that follows each node (u,) -> log-probabilities (t, u, 2) of both arcs"""
+    """logits (t, u, V), the label after each node (u,) -> log-probabilities of its arcs (t, u, 2)"""
     blanks = torch.full_like(labels, blank)
     arcs = torch.stack([blanks, labels], dim=-1).expand(*logits.shape[:2], 2)
     log_probs = logits.log_softmax(-1, dtype=torch.float32).gather(-1, arcs)
@@ -577,7 +572,7 @@ def read_arcs(logits, labels, blank):
 def lattice_loss(arcs, T, U):
     """arcs (B, T, U+1, 2), lengths T and U (B,) -> -log P (B,)
 
-    For one u, the recursion along t (eq. 16) is a cumulative log-sum-exp: with
+    For one u, the recursion along t (16) is a cumulative log-sum-exp: with
     S(t, u) = blank(0, u) + ... + blank(t-1, u),
 
         alpha(t, u) = S(t, u) + log sum_{k <= t} exp(alpha(k, u-1) + label(k, u-1) - S(k, u)),
@@ -604,7 +599,8 @@ def lattice_loss(arcs, T, U):
 
 
 def lattice_pieces(T, U, V, device):
-    """The nodes of each utterance in pieces: (b, slice of frames, slice of labels). No padding is read.
+    """The nodes of each utterance in pieces: (b, slice of frames, slice of labels). No padding is
+    read.
 
     A piece fits the cache of a CPU; a GPU wants few and large ones.
     """
@@ -616,7 +612,8 @@ def lattice_pieces(T, U, V, device):
 
 
 def visited_labels(posterior):
-    """posterior of the nodes (B, T, U+1) -> first visited label of each frame, and the one behind the last
+    """posterior of the nodes (B, T, U+1) -> first visited label of each frame, and the one behind
+    the last
 
     (B, T) each, on the CPU, so that a GPU is asked only once.
     """
@@ -633,7 +630,8 @@ def uncached_autocast(device, dtype, enabled):
 
 
 def node_posteriors(logits, targets):
-    """logits (T, U+1, V), targets (U,) -> (T, U+1): the probability that an alignment visits a node"""
+    """logits (T, U+1, V), targets (U,) -> (T, U+1): the probability that an alignment visits a
+    node"""
     targets = F.pad(targets, (0, 1))
     arcs = read_arcs(logits.detach(), targets, BLANK)[None].requires_grad_()
     T = torch.tensor([logits.shape[0]], device=logits.device)
@@ -644,7 +642,8 @@ def node_posteriors(logits, targets):
 
 
 def check_lattice(shape, targets, logit_lengths, target_lengths, blank, reduction):
-    """-> targets (B, U+1) with 0 behind their ends, lengths as int64; or ValueError naming the argument"""
+    """-> targets (B, U+1) with 0 behind their ends, lengths as int64; or ValueError naming the
+    argument"""
     B, T, U1, V = shape
     if min(shape) == 0:
         raise ValueError(f"logits must not be empty, found shape {tuple(shape)}")
@@ -689,7 +688,8 @@ FORMAT = 2  # of the files; 1 was that of the versions before the five scripts
 
 
 def save_checkpoint(path, **entries):
-    """Write plain types, tensors and a Config. A checkpoint that exists is replaced whole or not at all."""
+    """Write plain types, tensors and a Config. A checkpoint that exists is replaced whole or not
+    at all."""
     path = Path(path)
     temporary = Path(f"{path}.tmp")
     plain = {"format": FORMAT}

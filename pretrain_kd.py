@@ -151,8 +151,8 @@ def align(states, samples, clock):
 
     Target t is the teacher's frames of [40 t, 40 t + 40) ms, side by side: 2t and 2t+1 of a
     teacher of 50 Hz, as in the authors' code. Where its hop divides 40 ms they are whole frames,
-    the nearest, so that they are off by at most half a frame; others (Moonshine: 41.7 Hz) are interpolated
-    linearly. Before the first and behind the last frame their values are held. [ours]
+    the nearest, so that they are off by at most half a frame; others (Moonshine: 41.7 Hz) are
+    interpolated linearly. Before the first and behind the last frame their values are held. [ours]
     """
     # As many as the student's encoder has frames, see model.Subsampling.
     T = max(1, (samples + data.FRAME // 2) // data.FRAME)

@@ -1,16 +1,17 @@
 """Trained transducers teach a transducer: one-best path distillation, ensembles, essence.
 
     python finetune_rnnt.py --teacher-transducer exp/finetune --out exp/taught
-    python finetune_rnnt.py --teacher-transducer exp/a exp/b exp/c --essence-top-k 4 --out exp/essence
+    python finetune_rnnt.py --teacher-transducer exp/a exp/b exp/c --essence-top-k 4 --out
+    exp/essence
 
-Walk the teachers' lattice along the transcript. At each node on the way the student learns their whole
-distribution q, or its essence, the likeliest entries (arXiv 2110.03334, 1906.10834):
+Walk the teachers' lattice along the transcript. At each node on the way the student learns their
+whole distribution q, or its essence, the likeliest entries (arXiv 2110.03334, 1906.10834):
 
-    q(t, u) = mean_m softmax(z_m(t, u) / tau)            of M teachers; its top k, made to sum to 1 again
+    q(t, u) = mean_m softmax(z_m(t, u) / tau)       of M teachers; its top k, renormalised
     L_KD    = tau^2 * sum over the path of - q(t, u) log softmax(z_student(t + shift, u) / tau)
 
-[ours]: the sum over the path (not its mean), so that L_KD weighs like the transducer loss; the mean of
-several teachers along their common path; top k as the rule of selection.
+[ours]: the sum over the path (not its mean), so that L_KD weighs like the transducer loss; the
+mean of several teachers along their common path; top k as the rule of selection.
 """
 
 from dataclasses import replace
@@ -45,8 +46,8 @@ def load_transducers(folders, device):
         transducer, tokenizer = decode.load_recogniser(folder, device)
         if shared is not None and tokenizer.to_str() != shared.to_str():
             raise UserError(
-                f"--teacher-transducer {folder} has another tokenizer than {folders[0]}: teachers of "
-                f"one ensemble must write the same tokens"
+                f"--teacher-transducer {folder} has another tokenizer than {folders[0]}: teachers "
+                f"of one ensemble must write the same tokens"
             )
         shared = tokenizer
         transducers.append(transducer.requires_grad_(False))
@@ -139,8 +140,9 @@ def path_distillation_loss(
 ):
     """L_KD above, summed over the batch
 
-    joiner, hidden (B, T, d) and predicted (B, U+1, P): the student's. shift: frames by which a streaming
-    student may emit later than its teachers. tau^2 keeps the gradient's size, whatever tau.
+    joiner, hidden (B, T, d) and predicted (B, U+1, P): the student's. shift: frames by which a
+    streaming student may emit later than its teachers. tau^2 keeps the gradient's size, whatever
+    tau.
     """
     row = torch.arange(len(hidden), device=hidden.device)[:, None]
     exists = path.exists & (path.t + shift < logit_lengths[:, None])

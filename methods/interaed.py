@@ -1,4 +1,5 @@
-"""A masked language model (BERT) teaches layers of the encoder through a decoder that is thrown away.
+"""A masked language model (BERT) teaches layers of the encoder through a decoder that is thrown
+away.
 
     python finetune_rnnt.py --bert google-bert/bert-base-uncased --inter-layers 2 3 --out exp/bert
 
@@ -50,8 +51,8 @@ def load_bert(name, device):
         )
     except Exception as error:  # what these readers raise for foreign folders is of many kinds
         raise UserError(
-            f"--bert {name}: {first_line(error)} - give a folder or a hub name of a masked language "
-            f"model (hf download {name} fetches one)"
+            f"--bert {name}: {first_line(error)} - give a folder or a hub name of a masked "
+            f"language model (hf download {name} fetches one)"
         )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])[0]
@@ -66,7 +67,8 @@ def load_bert(name, device):
 def soft_labels(tokenizer, bert, text):
     """A text of n tokens -> (tokens (n+2,) with [CLS] and [SEP], labels (n+1, 8), q (n+1, 8))
 
-    Row i is what BERT expects as token i + 1, which is masked; the last row is [SEP], which is sure.
+    Row i is what BERT expects as token i + 1, which is masked; the last row is [SEP], which is
+    sure.
     """
     text = data.normalise(text).lower()
     tokens = tokenizer(text, truncation=True, max_length=LONGEST).input_ids
@@ -91,7 +93,8 @@ def soft_labels(tokenizer, bert, text):
 
 
 def label_texts(name, texts, folder, device, rank=0, world=1):
-    """-> {text: what soft_labels gives}; computed once, each process a part, and kept in `folder`"""
+    """-> {text: what soft_labels gives}; computed once, each process a part, and kept in
+    `folder`"""
     path = folder / f"soft-labels-{re.sub('[^a-zA-Z0-9]+', '-', name)}.pt"
     known = {}
     if path.exists():
@@ -131,7 +134,8 @@ class AuxiliaryDecoder(nn.Module):
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
 
     def forward(self, hidden, lengths, tokens):
-        """hidden (B, T, d), lengths (B,), tokens (B, N) -> logits (B, N, V) of the token after each"""
+        """hidden (B, T, d), lengths (B,), tokens (B, N) -> logits (B, N, V) of the token after
+        each"""
         N = tokens.shape[1]
         x = self.tokens(tokens) + self.positions(torch.arange(N, device=tokens.device))
         ahead = torch.ones(N, N, dtype=torch.bool, device=tokens.device).triu(1)
@@ -151,8 +155,8 @@ def new_decoder(labels, dim):
 def interaed_loss(decoder, layers, lengths, labels):
     """L_AED above, summed over the utterances
 
-    layers: list of hidden states (B, T, d); lengths (B,); labels: for each utterance what soft_labels
-    gives, or None where it has no transcript.
+    layers: list of hidden states (B, T, d); lengths (B,); labels: for each utterance what
+    soft_labels gives, or None where it has no transcript.
     """
     written = [b for b, label in enumerate(labels) if label is not None]
     if not written:

@@ -1,4 +1,5 @@
-"""Several processes on this machine, with gloo: as one, together to the end, and again after one has died."""
+"""Several processes on this machine, with gloo: as one, together to the end, and again after one
+has died."""
 
 import argparse
 import os
@@ -25,7 +26,8 @@ from tools.machine import start_processes
 
 
 def together(function, *args, world=2, **environment):
-    """function(*args) on `world` ranks, as torchrun would call it -> [(exit code, what it printed)]"""
+    """function(*args) on `world` ranks, as torchrun would call it -> [(exit code, what it
+    printed)]"""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -79,7 +81,8 @@ class ToyLoader:
 
 @one_line_errors
 def toy_training(argv):
-    """The loop of the stages around a small regression, written as the docstring of training.py has it."""
+    """The loop of the stages around a small regression, written as the docstring of training.py
+    has it."""
     parser = argparse.ArgumentParser()
     training.add_training_options(parser, "exp", steps=60, dropout=0.0, spec_augment=0)
     args = parser.parse_args(argv)
@@ -108,7 +111,8 @@ def toy_training(argv):
 
 @pytest.mark.parametrize("how", ["two processes", "accumulated"])
 def test_parts_of_a_batch_give_the_curve_of_the_whole(tmp_path, how):
-    """Parts of 3 and 5 rows, on two processes or one after the other: loss, gradient norms and weights."""
+    """Parts of 3 and 5 rows, on two processes or one after the other: loss, gradient norms and
+    weights."""
     common = ["--device", "cpu", "--eval-every", "20", "--out"]
     code, printed = child(toy_training, [*common, str(tmp_path / "whole")])
     assert code == 0, printed
@@ -133,7 +137,8 @@ def test_parts_of_a_batch_give_the_curve_of_the_whole(tmp_path, how):
 
 
 def test_two_processes_train_as_one_that_accumulates(tmp_path):
-    """The real script, with dropout, SpecAugment and speed perturbation, on an even number of batches."""
+    """The real script, with dropout, SpecAugment and speed perturbation, on an even number of
+    batches."""
     eight = ["--data", str(few_utterances(tmp_path, 10))]  # two are the development set
     code, printed = child(tiny_run, tmp_path / "one", "--accumulate", "2", *eight)
     assert code == 0, printed
@@ -299,8 +304,8 @@ sys.exit(finetune_rnnt.main())
 
 
 def test_torchrun_restarts_the_real_script_where_it_was(tmp_path):
-    """finetune_rnnt.py on two processes; rank 1 is killed once. In spite of --overwrite the run goes on from
-    its last checkpoint."""
+    """finetune_rnnt.py on two processes; rank 1 is killed once. In spite of --overwrite the run
+    goes on from its last checkpoint."""
     script = tmp_path / "killed_once.py"
     script.write_text(KILLED_ONCE.format(root=str(ROOT)))
     command = [

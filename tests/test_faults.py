@@ -1,8 +1,9 @@
-"""Runs that survive: kill -9, signals, a full disk, too little memory, numbers and files that go wrong.
+"""Runs that survive: kill -9, signals, a full disk, too little memory, numbers and files that go
+wrong.
 
 The victims are processes of their own, forked from one that has torch imported already (the
-forkserver). They run the real finetune_rnnt.py on eight utterances of the demo, with a student of 3,000
-parameters, dropout, SpecAugment and speed perturbation.
+forkserver). They run the real finetune_rnnt.py on eight utterances of the demo, with a student of
+3,000 parameters, dropout, SpecAugment and speed perturbation.
 """
 
 import json
@@ -91,8 +92,8 @@ def run_child(output, environment, function, args):
 def tiny_run(out, *options, spoil=None):
     """finetune_rnnt.py with a tiny student -> exit code
 
-    spoil(call, losses) -> losses may change the CTC losses (B,) of the call-th batch, the first of which
-    is the rehearsal's, or break the process.
+    spoil(call, losses) -> losses may change the CTC losses (B,) of the call-th batch, the first of
+    which is the rehearsal's, or break the process.
     """
     out = Path(out)
     model.PRESETS["tiny"] = TINY
@@ -211,7 +212,8 @@ def killed(out, at_call, seconds):
 
 
 def test_kill_9_at_twelve_random_moments(whole, out):
-    """Whatever the moment, the same command goes on; whenever it gets through, it is the undisturbed run."""
+    """Whatever the moment, the same command goes on; whenever it gets through, it is the
+    undisturbed run."""
     moments = random.Random(0)
     found = []
     while len(found) < 12:
@@ -318,7 +320,8 @@ def with_files_of_at_most(size, out):
 
 @pytest.mark.parametrize("size", [0, 100, 30_000])
 def test_a_full_disk_is_one_line_and_what_is_there_stays(whole, out, size):
-    """No room for anything; for a line of the log; for half a checkpoint. Then there is room again."""
+    """No room for anything; for a line of the log; for half a checkpoint. Then there is room
+    again."""
     assert child(signalled, out, signal.SIGTERM)[0] == 143
     before = (out / "last.pt").read_bytes()
     assert len(before) > 2 * 30_000
@@ -451,7 +454,8 @@ def interrupted_on(out, manifest):
 
 
 def damage(rng, content):
-    """Bits turned, bytes exchanged, cut out, doubled, or the end cut off; most of it where headers are."""
+    """Bits turned, bytes exchanged, cut out, doubled, or the end cut off; most of it where headers
+    are."""
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 8, 50])):
         if not content:

@@ -1,4 +1,5 @@
-"""The three scripts from end to end: tiny budgets, a few utterances of the demo, two tiny random teachers."""
+"""The three scripts from end to end: tiny budgets, a few utterances of the demo, two tiny random
+teachers."""
 
 import json
 import os
@@ -241,7 +242,8 @@ def test_stage_2_inherits_the_encoder_and_freezes_it_at_first(stage2, pretrained
         assert finetune_rnnt.main(arguments) == 143
     finally:
         training.Run.sum_gradients = sum_gradients
-    # The rehearsal, two frozen updates, the first one that moves; seen at the beginning of each step.
+    # The rehearsal, two frozen updates, the first one that moves; seen at the beginning of each
+    # step.
     assert moved == [False, False, False, False, True, True]
     printed = capsys.readouterr().out
     assert "inherited from" in printed and "taught by" in printed
@@ -279,7 +281,8 @@ def test_pseudo_labels_are_more_data_and_are_not_evaluated_on(tmp_path, demo_utt
 
 
 def test_one_batch_can_be_learned_by_heart(demo_utterances):
-    """The whole of stage 2, from audio to text: four utterances are transcribed without an error."""
+    """The whole of stage 2, from audio to text: four utterances are transcribed without an
+    error."""
     utterances = sorted(demo_utterances, key=lambda u: u.seconds)[20:24]
     tokenizer = data.train_tokenizer([u.text for u in utterances], 64)
     [batch] = data.Loader(utterances, 60, tokenizer=tokenizer).epoch()
@@ -324,7 +327,8 @@ def test_one_batch_can_be_learned_by_heart(demo_utterances):
 def test_an_ensemble_teaches_on_transcribed_and_other_audio(
     stage2, finetuned, corpus, tmp_path, capsys
 ):
-    """Its tokens are taken over, its soft labels enter the loss, it transcribes what has no text."""
+    """Its tokens are taken over, its soft labels enter the loss, it transcribes what has no
+    text."""
     arguments = [
         *stage2,
         "--teacher-transducer",
@@ -399,7 +403,8 @@ def test_mistakes_are_one_line(stage1, stage2, pretrained, tmp_path, capsys):
 
 
 def write_bad_data(corpus, folder):
-    """Manifests of at most five lines that cannot be used, beside valid audio of every kind. -> their paths"""
+    """Manifests of at most five lines that cannot be used, beside valid audio of every kind. ->
+    their paths"""
     folder.mkdir()
     long = [u for u in data.load_utterances(corpus / "train", True) if u.seconds > 1.5]
     text = long[0].text
@@ -503,7 +508,8 @@ def names_each_once(capfd, expected):
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_bad_data_is_named_and_skipped_in_training(stage, request, bad_sources, tmp_path, capfd):
-    """Each is one line that names it and says why, the valid utterances are used as if they were alone."""
+    """Each is one line that names it and says why, the valid utterances are used as if they were
+    alone."""
     main = pretrain_kd.main if stage == "stage1" else finetune_rnnt.main
     expected = [*NOT_SCANNED, *NOT_READ, *SILENT]
     unusable = 4

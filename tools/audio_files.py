@@ -1,4 +1,5 @@
-"""Audio files as they are found: lengths that a header only guesses, formats that cannot seek, files cut off.
+"""Audio files as they are found: lengths that a header only guesses, formats that cannot seek,
+files cut off.
 
 data.py reads audio through `open_audio`; libsndfile (the soundfile package) does the decoding.
 """

@@ -2,7 +2,7 @@
 
 OMP_NUM_THREADS=1 python -m tools.benchmark loss      # the transducer loss beside torchaudio's
 python -m tools.benchmark train      # the encoder beside torchaudio's Conformer; parts of an update
-python -m tools.benchmark teacher    # a step of distillation beside its parts, live and from a cache
+python -m tools.benchmark teacher    # a step of distillation beside its parts, live and cached
 python -m tools.benchmark decode     # encoder and searches as RTF, beside torchaudio's beam search
 """
 
@@ -35,7 +35,8 @@ TEACHERS = [str(data.DEMO / "teachers" / name) for name in ("hubert", "whisper")
 
 
 def medians(ways, repeat):
-    """{name: function} -> {name: median seconds}. They take turns, so that other load hits all alike."""
+    """{name: function} -> {name: median seconds}. They take turns, so that other load hits all
+    alike."""
     times = {name: [] for name in ways}
     for turn in range(repeat + 1):
         for name, way in ways.items():
@@ -275,10 +276,12 @@ class ForTorchaudio:
 
 @torch.no_grad()
 def benchmark_decode(args):
-    """100 utterances of 12 s in batches of ten; torchaudio takes one at a time, and two of them will do.
+    """100 utterances of 12 s in batches of ten; torchaudio takes one at a time, and two of them
+    will do.
 
-    The small student has random weights, and a blank that leaves about as many labels as speech has.
-    Such a student does not stop writing where it begins: so one label a frame, here and there.
+    The small student has random weights, and a blank that leaves about as many labels as speech
+    has. Such a student does not stop writing where it begins: so one label a frame, here and
+    there.
     """
     utterances = data.load_utterances(data.DEMO / "corpus/test")
     audio = torch.cat([data.load_audio(u.path) for u in utterances])

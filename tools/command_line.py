@@ -17,7 +17,8 @@ class UserError(ValueError):
     """A mistake that the user can mend. Its text is one line that names the cause and the cure."""
 
 
-# Words of a RuntimeError, and what the user can do about it. Any other RuntimeError is a bug of ours.
+# Words of a RuntimeError, and what the user can do about it. Any other RuntimeError is a bug of
+# ours.
 CURES = {
     "out of memory|can't allocate memory|not enough memory": "out of memory, lower --batch-seconds",
     "gloo|NCCL": "another process of this run has ended, its own message says why",

@@ -1,4 +1,5 @@
-"""The optimizer of both stages: Muon for the matrices of the encoder's blocks, AdamW for the rest."""
+"""The optimizer of both stages: Muon for the matrices of the encoder's blocks, AdamW for the
+rest."""
 
 import math
 
@@ -17,10 +18,10 @@ def split_matrices(module):
 class Muon(torch.optim.AdamW):
     """AdamW, but groups with "muon": True, which hold matrices, take the orthogonalised momentum.
 
-    All directions of a matrix then learn at one pace, which a short training gains most from. The update
-    is scaled to about twice the size of AdamW's (arXiv 2502.16982 has 0.2 instead of 0.4), so one
-    learning rate suits both. torch.optim.Muon takes nothing but matrices, and computes in bfloat16
-    where a CPU has to emulate it.
+    All directions of a matrix then learn at one pace, which a short training gains most from. The
+    update is scaled to about twice the size of AdamW's (arXiv 2502.16982 has 0.2 instead of 0.4),
+    so one learning rate suits both. torch.optim.Muon takes nothing but matrices, and computes in
+    bfloat16 where a CPU has to emulate it.
     """
 
     def __init__(self, groups, lr):

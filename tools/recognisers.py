@@ -105,7 +105,8 @@ class OurRecogniser(Recogniser):
 
 
 class HuggingFaceRecogniser(Recogniser):
-    """A recogniser of transformers: Whisper, Moonshine, a CTC model. Raises UserError for others."""
+    """A recogniser of transformers: Whisper, Moonshine, a CTC model. Raises UserError for
+    others."""
 
     def __init__(self, name, device, language=None):
         transformers.logging.set_verbosity_error()

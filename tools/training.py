@@ -4,15 +4,15 @@ Nothing here knows about speech. The loops stand in pretrain_kd.py and finetune_
 
     run = Run(args)                                   # device, processes, run directory
     with run.start(student, optimizer, about):        # new, or where it was interrupted
-        for step, batches in run.steps(loader):       # `batches`: --accumulate of them, of this process
+        for step, batches in run.steps(loader):       # --accumulate of them, of this process
             set_learning_rates(optimizer, run.progress)
             optimizer.zero_grad()
             for batch in batches:
                 with run.autocast():
-                    loss = ...                        # a SUM over `count` things (frames, utterances)
+                    loss = ...                        # a SUM over `count` frames or utterances
                 loss.backward()
                 run.add(batch, count=..., loss=loss, part=...)
-            if run.sum_gradients():                   # of all processes; False where they are not finite
+            if run.sum_gradients():                   # of all processes; False if not finite
                 optimizer.step()
             run.average_weights()
             run.log()
@@ -84,8 +84,9 @@ def add_training_options(parser, out, steps, dropout, spec_augment):
         type=count,
         default=spec_augment,
         metavar="BINS",
-        help="SpecAugment whose frequency masks cover fewer than BINS of 80 bins, 0: none, the paper's: "
-        "27. Like dropout it slows learning and pays where few hours are seen often (default %(default)s)",
+        help="SpecAugment whose frequency masks cover fewer than BINS of 80 bins, 0: none, the "
+        "paper's: 27. Like dropout it slows learning and pays where few hours are seen often "
+        "(default %(default)s)",
     )
     group.add_argument(
         "--eval-every",
@@ -115,7 +116,8 @@ def add_training_options(parser, out, steps, dropout, spec_augment):
 
 
 def learning_rate_factor(progress):
-    """Share of the updates that are made -> factor in [0.001, 1]: linear warm-up, cosine to almost zero"""
+    """Share of the updates that are made -> factor in [0.001, 1]: linear warm-up, cosine to almost
+    zero"""
     if progress < WARM_UP:
         factor = progress / WARM_UP
     else:
@@ -133,7 +135,8 @@ def set_learning_rates(optimizer, progress):
 
 @contextlib.contextmanager
 def stop_signals():
-    """SIGTERM and SIGINT ask the loop to save and leave, a second one leaves at once. -> list of numbers"""
+    """SIGTERM and SIGINT ask the loop to save and leave, a second one leaves at once. -> list of
+    numbers"""
     received = []
     times = []
 
@@ -161,10 +164,11 @@ def stop_signals():
 
 
 class Run:
-    """A training in a directory: last.pt to go on from, best.pt to use, log.jsonl, the command line.
+    """A training in a directory: last.pt to go on from, best.pt to use, log.jsonl, the command
+    line.
 
-    The same command again goes on where it was interrupted, bit by bit; a finished run is left alone;
-    other arguments or other data are named and refused.
+    The same command again goes on where it was interrupted, bit by bit; a finished run is left
+    alone; other arguments or other data are named and refused.
     """
 
     def __init__(self, args):
@@ -204,18 +208,21 @@ class Run:
             self.state = load_checkpoint(last)
             if "progress" not in self.state:
                 raise UserError(
-                    f"{last} is not the state of a training; choose another --out or add --overwrite"
+                    f"{last} is not the state of a training; choose another --out or add "
+                    f"--overwrite"
                 )
             self.finished = self.state["progress"]["finished"]
             position = self.state["progress"]["step"]
         if len(set(all_gather(position))) > 1:
             raise UserError(
-                f"--out {self.out} is not the same folder on every machine; choose one that they share"
+                f"--out {self.out} is not the same folder on every machine; choose one that they "
+                f"share"
             )
         self.check_settings(self.settings)
 
     def check_settings(self, settings):
-        """Keep what the run is made of, {name: text}; UserError if an interrupted one had other settings."""
+        """Keep what the run is made of, {name: text}; UserError if an interrupted one had other
+        settings."""
         self.settings |= settings
         if self.state is None:
             return
@@ -226,8 +233,8 @@ class Run:
                 changed.append(f"{name} was {old.get(name)}, is {value}")
         if changed:
             raise UserError(
-                f"{self.out} holds a run with other settings ({'; '.join(changed)}); choose another "
-                f"--out or add --overwrite"
+                f"{self.out} holds a run with other settings ({'; '.join(changed)}); choose "
+                f"another --out or add --overwrite"
             )
 
     def begin_directory(self):
@@ -246,7 +253,8 @@ class Run:
             (self.out / "command.txt").write_text(" ".join(sys.argv) + "\n")
 
     def cut_log(self):
-        """Updates after the last checkpoint were lost: their lines of the log go, and a half-written one.
+        """Updates after the last checkpoint were lost: their lines of the log go, and a
+        half-written one.
 
         In place, which even a full disk allows.
         """
@@ -341,8 +349,9 @@ class Run:
             batch, _ = self.latest[-1]
             raise MemoryError(
                 f"out of memory with a batch of {len(batch.utterances)} utterances, "
-                f"{batch.seconds:.0f} s, features {list(batch.features.shape)}; lower --batch-seconds "
-                f"from {self.args.batch_seconds:g}, with more --accumulate the update stays as large"
+                f"{batch.seconds:.0f} s, features {list(batch.features.shape)}; lower "
+                f"--batch-seconds from {self.args.batch_seconds:g}, with more --accumulate the "
+                f"update stays as large"
             )
 
     def resume(self):
@@ -371,8 +380,8 @@ class Run:
         position = self.position
         if self.stop_signal:
             self.print(
-                f"stopped by signal {self.stop_signal} at step {position['step']}; the same command "
-                f"goes on from here"
+                f"stopped by signal {self.stop_signal} at step {position['step']}; the same "
+                f"command goes on from here"
             )
             return 128 + self.stop_signal
         unreadable = set().union(*all_gather(self.unreadable))
@@ -399,8 +408,8 @@ class Run:
     def steps(self, loader):
         """-> (number of the update, its batches) until --steps are made or a signal comes
 
-        loader.epoch(number, skip) yields batches, the same ones whenever it is asked again: that makes
-        resuming exact. loader.worst() gives those that need the most memory.
+        loader.epoch(number, skip) yields batches, the same ones whenever it is asked again: that
+        makes resuming exact. loader.worst() gives those that need the most memory.
         """
         position = self.position
         started = time.monotonic()
@@ -455,8 +464,9 @@ class Run:
         for k in range(self.args.accumulate):
             batch = next(source)
             self.latest.append((batch, None))
-            # What is random in an update depends on its number and the batch's place in it, not on what
-            # ran before or where. Only now: to draw a batch takes numbers from this generator, too.
+            # What is random in an update depends on its number and the batch's place in it, not on
+            # what ran before or where. Only now: to draw a batch takes numbers from this
+            # generator, too.
             place = k * self.world + self.rank
             torch.manual_seed(hash((self.args.seed, self.position["step"] - 1, place)) % 2**63)
             yield batch.to(self.device)
@@ -470,10 +480,11 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value
 
     def sum_gradients(self):
-        """Add up the gradients of all processes, divide by the count, clip -> whether they are finite
+        """Add up the gradients of all processes, divide by the count, clip -> whether they are
+        finite
 
-        Losses are sums, so this is exactly the gradient of one large batch, whatever each process had;
-        an average of the processes' means would not be. Accumulated batches are the same sum.
+        Losses are sums, so this is exactly the gradient of one large batch, whatever each process
+        had; an average of the processes' means would not be. Accumulated batches are the same sum.
         """
         if self.rehearsing:
             return False
@@ -504,7 +515,8 @@ class Run:
         return False
 
     def skip_update(self):
-        """Name the utterances of an update that is not finite; give up after PATIENCE of them in a row."""
+        """Name the utterances of an update that is not finite; give up after PATIENCE of them in a
+        row."""
         position = self.position
         position["skipped"] += 1
         position["skipped_in_a_row"] += 1
@@ -512,7 +524,8 @@ class Run:
         for batch, loss in self.latest:
             mine.append((bool(loss.isfinite()), [u.id for u in batch.utterances]))
         everywhere = sum(all_gather(mine), [])
-        # If every loss is finite, some gradient is not: then any of the utterances may be the cause.
+        # If every loss is finite, some gradient is not: then any of the utterances may be the
+        # cause.
         all_finite = all(finite for finite, _ in everywhere)
         ids = []
         for finite, some in everywhere:
@@ -525,13 +538,14 @@ class Run:
             tqdm.write(f"step {position['step']}: update skipped, {what}", file=sys.stderr)
         if position["skipped_in_a_row"] == PATIENCE:
             raise UserError(
-                f"{PATIENCE} updates in a row skipped, {what}; last.pt and best.pt are intact: look at "
-                f"these utterances or start anew with a lower --lr"
+                f"{PATIENCE} updates in a row skipped, {what}; last.pt and best.pt are intact: "
+                f"look at these utterances or start anew with a lower --lr"
             )
 
     @torch.no_grad()
     def average_weights(self):
-        """An exponential mean of the weights, whose horizon is a twentieth of the updates so far."""
+        """An exponential mean of the weights, whose horizon is a twentieth of the updates so
+        far."""
         if self.rehearsing:
             return
         weight = 1 / (1 + 0.05 * self.position["step"])
