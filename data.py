@@ -5,7 +5,7 @@ audio, an audio file, or a .jsonl manifest with one {"audio_filepath": ..., "tex
 A manifest's row may also have
     "duration"                seconds; believed, so that the file need not be opened to list it
     "offset" and "duration"   (or "start" and "end") a segment of the file, in seconds
-    "weight"                  of its loss; below 1 for text that a machine wrote
+    "weight"                  of its losses; below 1 for text that a machine wrote
     "id"                      default: the name of the file
 
 `python -m tools.librispeech` fetches LibriSpeech and checks a source.
@@ -13,9 +13,7 @@ A manifest's row may also have
 
 import copy
 import functools
-import json
 import math
-import os
 import re
 import signal
 import sys
@@ -29,34 +27,22 @@ import torch
 import torchaudio
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from tools.audio_files import BLOCK, SAMPLE_RATE, file_seconds, open_audio, seek, shown
+from tools.audio_files import BLOCK, SAMPLE_RATE, open_audio, seek, segment_frames
 from tools.command_line import UserError, positive_float
+from tools.sources import SHORTEST, Utterance, place, scan, with_unique_id  # noqa: F401
 
 HOP = 160  # samples between frames of log-mel, 10 ms
 WINDOW = 400  # samples of such a frame, 25 ms
 FRAME = 4 * HOP  # samples of a frame of the student, 40 ms
 FRAME_SECONDS = FRAME / SAMPLE_RATE  # 0.04
-SHORTEST = 0.1  # seconds of an utterance to train on
-LONGEST = 35.0
+LONGEST = 35.0  # seconds of an utterance to train on
 SILENT = 1e-4  # the largest sample of a file without sound
-AUDIO = {".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"}
 DEMO = Path(__file__).parent / "demo"
 WORD_START = "\u2581"  # how the tokenizer marks the start of a word
 
 
 # ---------------------------------------- sources
-
-
-@dataclass(frozen=True)
-class Utterance:
-    path: str  # absolute
-    seconds: float
-    text: str | None = None  # None: not transcribed
-    id: str = ""
-    weight: float = 1.0  # of its loss in stage 2
-    offset: float | None = None  # seconds; None: the whole file, no segment of it
 
 
 def load_utterances(source, transcribed=False, skipped=None):
@@ -67,12 +53,15 @@ def load_utterances(source, transcribed=False, skipped=None):
     Raises UserError if nothing is left, unless there is a list `skipped`.
     """
     try:
-        utterances, problems = scan(source, transcribed)
+        utterances, problems = scan(source)
     except UserError as error:
         if skipped is None:
             raise
         utterances = []
         problems = [str(error)]
+    if transcribed:
+        problems += [f"{u.path}: no transcript" for u in utterances if not normalise(u.text or "")]
+        utterances = [u for u in utterances if normalise(u.text or "")]
     if skipped is not None:
         skipped += problems
     elif not utterances and len(problems) == 1:
@@ -90,196 +79,19 @@ def load_sources(sources, transcribed=False, skipped=None):
     utterances = []
     places = set()
     ids = set()
+    twice = 0
     for source in sources:
         for u in load_utterances(source, transcribed, skipped):
             if place(u) in places:
+                twice += 1
                 continue
             places.add(place(u))
             # Two folders may use the same names for different files.
             id = u.path if u.id in ids else u.id
             utterances.append(with_unique_id(replace(u, id=id), ids))
+    if twice:
+        print(f"{twice} utterances stand in two of the sources and are used once", file=sys.stderr)
     return utterances
-
-
-def scan(source, transcribed=False):
-    """-> (list of Utterance, list of problems, one line each)
-
-    Raises UserError if the source does not exist or holds nothing.
-    """
-    path = Path(source).expanduser().absolute()
-    if not os.path.exists(path):
-        cure = "python -m tools.librispeech download train-clean-100 fetches LibriSpeech"
-        raise UserError(f"no such file or folder: {shown(path)} ({cure})")
-    if path.is_dir():
-        rows, problems = read_folder(path)
-    elif path.suffix in (".jsonl", ".json"):
-        rows, problems = read_manifest(path)
-    else:
-        rows = [Utterance(str(path), 0.0, id=path.stem)]
-        problems = []
-    if not rows and not problems:
-        kinds = " ".join(sorted(AUDIO))
-        raise UserError(
-            f"{shown(path)}: no usable audio; expected a LibriSpeech folder, a .jsonl manifest "
-            f"or files ending in {kinds}"
-        )
-
-    utterances = []
-    places = set()
-    ids = set()
-    hide_bar = len(rows) < 2000
-    for u in tqdm(rows, f"scanning {path.name}", unit="file", leave=False, disable=hide_bar):
-        try:
-            if not u.seconds:
-                u = replace(u, seconds=file_seconds(u.path) - (u.offset or 0.0))
-            if transcribed and not normalise(u.text or ""):
-                raise UserError(f"{u.path}: no transcript")
-            if u.seconds < SHORTEST:
-                raise UserError(f"{u.path}: {u.seconds:.2f} s long, shorter than {SHORTEST} s")
-            # Which of two texts would be right?
-            if place(u) in places:
-                raise UserError(f"{u.path}: the same audio stands in {source} twice ({u.id})")
-            places.add(place(u))
-            utterances.append(with_unique_id(u, ids))
-        except UserError as error:
-            problems.append(str(error))
-    return utterances, problems
-
-
-def place(utterance):
-    """What two utterances of the same audio have in common, however their paths are written."""
-    folder, name = os.path.split(utterance.path)
-    segment = None
-    if utterance.offset is not None:
-        segment = (utterance.offset, utterance.seconds)
-    return real_folder(folder), name, segment
-
-
-# A folder holds many files, and where its links lead is a question to the disk.
-real_folder = functools.cache(os.path.realpath)
-
-
-def with_unique_id(utterance, ids):
-    """The utterance, with a number behind its id if that is one of `ids`; extends `ids`."""
-    id = utterance.id
-    while id in ids:
-        id = f"{id}-{len(ids) + 1}"
-    ids.add(id)
-    return utterance if id == utterance.id else replace(utterance, id=id)
-
-
-def read_folder(folder):
-    """A LibriSpeech folder (where there is a .trans.txt) or bare audio.
-
-    -> (list of Utterance, their lengths still 0, list of problems)
-    """
-    audio = []
-    texts = {}
-    garbled = set()
-    problems = []
-    for path in sorted(walk(folder)):
-        if os.path.splitext(path)[1].lower() in AUDIO:
-            audio.append(path)
-        if not path.endswith(".trans.txt"):
-            continue
-        for _, line, problem in read_lines(path):
-            id, _, words = line.strip().partition(" ")
-            stem = os.path.join(os.path.dirname(path), id)
-            texts[stem] = words
-            if problem:
-                garbled.add(stem)
-                problems.append(problem)
-
-    rows = []
-    for path in audio:
-        stem = os.path.splitext(path)[0]
-        if stem not in garbled:
-            id = os.path.relpath(stem, folder)
-            rows.append(Utterance(path, 0.0, texts.get(stem), id))
-
-    stems = {os.path.splitext(path)[0] for path in audio}
-    for stem in sorted(texts.keys() - stems):
-        problems.append(f"{shown(stem)}: named in a .trans.txt, but there is no such audio")
-    return rows, problems
-
-
-def walk(folder):
-    """The paths of all files below a folder. Links to folders are followed."""
-    seen = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        # Each folder once: a link may lead back to where it lies.
-        real = os.path.realpath(path)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in names:
-            yield os.path.join(path, name)
-
-
-def read_manifest(path):
-    """JSON lines; relative paths start at the manifest's folder.
-
-    -> (list of Utterance, their lengths 0 where the rows name none, list of problems)
-    """
-    rows = []
-    problems = []
-    folder = str(path.parent)
-    for number, line, problem in read_lines(path):
-        if problem:
-            problems.append(problem)
-            continue
-        try:
-            entry = json.loads(line)
-            # Pseudo-labels that were judged bad stay in their manifest, with the reason.
-            if entry.get("keep") is not False:
-                rows.append(read_row(entry, folder))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            expected = '{"audio_filepath": ..., "text": ...}'
-            reason = f"{type(error).__name__}: {error}"
-            problems.append(f"{shown(path)}:{number}: expected {expected} ({reason})")
-    return rows, problems
-
-
-def read_row(entry, folder):
-    """A manifest's row -> Utterance. What is wrong with it raises ValueError, KeyError ..."""
-    path = os.path.join(folder, entry["audio_filepath"])
-    text = entry.get("text")
-    if text is not None and not isinstance(text, str):
-        raise TypeError("text is not a string")
-    id = str(entry.get("id") or os.path.splitext(os.path.basename(path))[0])
-    # JSON can spell halves of characters that no file can hold.
-    f"{id}{path}{text}".encode()
-
-    weight = entry.get("weight", 1.0)
-    if not 0 < weight < math.inf:
-        raise ValueError(f"weight must be above 0, found {weight}")
-
-    # A segment is named by its offset and duration (NeMo), or by its start and end.
-    offset = entry.get("offset", entry.get("start"))
-    seconds = entry.get("duration")
-    if "end" in entry:
-        offset = offset or 0.0
-        seconds = entry["end"] - offset
-    if offset is not None and not 0 <= offset < math.inf:
-        raise ValueError(f"offset must not be negative, found {offset}")
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise ValueError(f"duration must be above 0, found {seconds}")
-    return Utterance(path, seconds or 0.0, text, id, weight, offset)
-
-
-def read_lines(path):
-    """-> (number, line, problem or None) of the lines of a text file that are not empty"""
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        problem = None
-        try:
-            line = line.decode()
-        except UnicodeDecodeError:
-            line = line.decode(errors="replace")
-            problem = f"{shown(path)}:{number}: not UTF-8, save it as UTF-8"
-        line = line.lstrip("\ufeff")
-        if line.strip():
-            yield number, line, problem
 
 
 def report(problems, where):
@@ -309,7 +121,7 @@ def add_source_options(parser):
         "--dev",
         nargs="+",
         metavar="SOURCE",
-        help="audio to evaluate on while training (default: one in twenty of --data, at most 200)",
+        help="audio to evaluate on while training (default: one in twenty of the rest, at most 200)",
     )
     group.add_argument(
         "--speeds",
@@ -344,7 +156,10 @@ def load_training_data(args, transcribed=False, quiet=False):
     else:
         training = load_sources([*sources, *unlabelled])
     longest = min(LONGEST, args.batch_seconds) * min(args.speeds)
-    reason = f"too long for --batch-seconds {args.batch_seconds:g} at the slowest of --speeds"
+    limit = f"--batch-seconds {args.batch_seconds:g}"
+    if args.batch_seconds > LONGEST:
+        limit = f"training, at most {LONGEST:g} s"
+    reason = f"too long for {limit} at the slowest of --speeds"
     training, untranscribed = leave_out_long(longest, reason, training, untranscribed)
 
     if dev_sources:
@@ -454,7 +269,7 @@ def stream_audio(path, offset=None, seconds=None):
             position += len(samples)
             waveform = torch.cat([shared, mix_channels(samples)])
             if not waveform.abs().max() < 100:
-                raise ValueError("samples that are not numbers or not between -1 and 1")
+                raise ValueError("samples that are not numbers or far beyond -1 and 1")
             shared = waveform[-2 * rate :]
             waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
             yield waveform[begin:-SAMPLE_RATE]
@@ -463,28 +278,6 @@ def stream_audio(path, offset=None, seconds=None):
         if position == first or last - position > 0.1 * rate:
             raise ValueError(f"cut off after {position / rate:.1f} of {frames / rate:.1f} s")
     yield rest
-
-
-def segment_frames(path, length, rate, offset, seconds):
-    """-> (first frame, last frame + 1) of a segment of a file of `length` seconds
-
-    Manifests are rounded: a tenth of a second and 1 % are no contradiction.
-    """
-    tolerance = 0.1 + 0.01 * (seconds or 0.0)
-    if offset is None:
-        if seconds is not None and abs(length - seconds) > tolerance:
-            raise UserError(
-                f"{path}: {length:.2f} s long, but {seconds:.2f} s in its manifest (a segment "
-                f"needs an offset) or when it was listed"
-            )
-        return 0, round(length * rate)
-    end = length if seconds is None else offset + seconds
-    if offset >= length or end > length + tolerance:
-        raise UserError(
-            f"{path}: {length:.2f} s long, which is no room for a segment from {offset:.2f} to "
-            f"{end:.2f} s"
-        )
-    return round(offset * rate), round(min(end, length) * rate)
 
 
 def mix_channels(samples):
@@ -745,8 +538,9 @@ class Loader:
         labels = []
         if self.tokenizer:
             labels = self.tokenizer.encode(normalise(u.text or "")).ids
-        # CTC needs a frame of the student (4 of log-mel) for every label.
-        if len(labels) > len(features) // 4:
+        # CTC needs a frame of the student (4 of log-mel) for every label, and one between equals.
+        repeated = sum(a == b for a, b in zip(labels, labels[1:]))
+        if len(labels) + repeated > len(features) // 4:
             text = f"its transcript of {len(labels)} tokens"
             raise UserError(f"{u.path}: {text} is too long for its {u.seconds:.1f} s")
         labels = torch.tensor(labels, dtype=torch.long)

@@ -90,13 +90,15 @@ class GreedyTransducer:
         self.frame = first_frame  # of the next hidden state
         device = student.ctc.weight.device
         predicted, self.state = student.predictor(torch.full((B, 1), BLANK, device=device))
-        self.predicted = student.joiner.predictor(predicted[:, 0])  # (B, J)
+        self.predicted = student.joiner.project_predicted(predicted[:, 0])  # (B, J)
         self.tokens = [[] for _ in range(B)]
         self.score = torch.zeros(B, device=device)
 
     @torch.no_grad()
     def advance(self, hidden, lengths):
-        encoded = F.pad(self.student.joiner.encoder(hidden), (0, 0, 0, AHEAD))  # (B, T + AHEAD, J)
+        encoded = F.pad(
+            self.student.joiner.project_hidden(hidden), (0, 0, 0, AHEAD)
+        )  # (B, T + AHEAD, J)
         ahead = torch.arange(AHEAD, device=hidden.device)
         now = torch.zeros_like(lengths)  # each row's frame
         emitted = torch.zeros_like(lengths)  # labels in that frame
@@ -142,7 +144,7 @@ class GreedyTransducer:
             self.tokens[row].append(Token(label, frame, probability))
         self.score[rows] += log_probs
         predicted, self.state[rows] = self.student.predictor(labels[:, None], self.state[rows])
-        self.predicted[rows] = self.student.joiner.predictor(predicted[:, 0])
+        self.predicted[rows] = self.student.joiner.project_predicted(predicted[:, 0])
 
     def results(self):
         scores = self.score.tolist()

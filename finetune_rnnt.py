@@ -39,6 +39,11 @@ from tools.command_line import (
 from tools.muon import Muon, split_matrices
 
 FROZEN = 0.1  # share of the updates in which an inherited encoder waits for the new, random parts
+LEARNING_RATES = {  # peak rates of (predictor, joiner and CTC head; encoder), by what is inherited
+    "nothing": (5e-3, 3e-3),
+    "encoder": (5e-3, 5e-4),
+    "everything": (2e-4, 2e-4),
+}
 
 
 # ---------------------------------------- options
@@ -71,7 +76,8 @@ def parse(argv):
         type=positive_int,
         default=256,
         metavar="N",
-        help="BPE tokens at most; little text gives fewer, down to letters (default %(default)s)",
+        help="BPE tokens at most, but every character has one; little text gives fewer, down to "
+        "letters (default %(default)s)",
     )
     group.add_argument(
         "--ctc-weight",
@@ -83,14 +89,15 @@ def parse(argv):
     group.add_argument(
         "--lr",
         type=positive_float,
-        default=5e-3,
-        help="peak learning rate of predictor, joiner and CTC head (default %(default)s)",
+        help="peak learning rate of predictor, joiner and CTC head (default 5e-3; of a finished "
+        "recogniser 2e-4)",
     )
     group.add_argument(
         "--encoder-lr",
         type=positive_float,
         metavar="LR",
-        help="peak learning rate of the encoder (default 5e-4; with --init none 3e-3)",
+        help="peak learning rate of the encoder (default 5e-4; with --init none 3e-3; of a finished "
+        "recogniser 2e-4)",
     )
     group = parser.add_argument_group(
         "one-best path distillation",
@@ -153,8 +160,6 @@ def parse(argv):
     )
     training.add_training_options(parser, "exp/finetune", steps=450, dropout=0.1, spec_augment=4)
     args = parser.parse_args(argv)
-    if args.encoder_lr is None:
-        args.encoder_lr = 3e-3 if args.init == "none" else 5e-4
     if args.init != "none" and (args.size is not None or args.chunk is not None):
         raise UserError(f"--size and --chunk go with --init none: {args.init} has its own")
     if not args.teacher_transducer and (args.unlabelled or args.essence_top_k):
@@ -172,15 +177,12 @@ def parse(argv):
 # ---------------------------------------- the student
 
 
-def new_student(args, train_set, tokenizer):
+def new_student(args, checkpoint, train_set, tokenizer):
     """-> (student, its tokenizer, one line on what it inherited)
 
-    Everything new; or the encoder of stage 1 under a new predictor, joiner and CTC head; or a
-    finished recogniser, whole. tokenizer: that of the transducer teachers, or None.
+    checkpoint {}: all is new. Of stage 1: its encoder under a new predictor, joiner and CTC head.
+    Of stage 2: a finished recogniser, whole. tokenizer: that of the teacher transducers, or None.
     """
-    checkpoint = {}
-    if args.init != "none":
-        checkpoint = model.load_checkpoint(args.init)
     if "tokenizer" in checkpoint:
         own = Tokenizer.from_str(checkpoint["tokenizer"])
         if tokenizer is not None and tokenizer.to_str() != own.to_str():
@@ -199,7 +201,7 @@ def new_student(args, train_set, tokenizer):
         "seconds": statistics.median(utterance.seconds for utterance in train_set),
         "dropout": args.dropout,
     }
-    if args.init == "none":
+    if not checkpoint:
         size = args.size or "nano"
         config = replace(model.PRESETS[size], chunk=args.chunk or 0, **changes)
         return model.Student(config), tokenizer, f"from scratch: nothing inherited, size {size}"
@@ -220,14 +222,17 @@ def prepare_bert(args, run, train_set, student):
         raise UserError(f"--inter-layers must be from 1 to {depth - 1} for this student")
     texts = [utterance.text for utterance in train_set]
     soft_labels = interaed.label_texts(args.bert, texts, args.out, run.device, run.rank, run.world)
+    torch.manual_seed(args.seed)  # loading BERT, which only a first start does, may draw numbers
     decoder = interaed.new_decoder(soft_labels, student.config.dim).to(run.device)
     size = sum(p.numel() for p in decoder.parameters())
     run.print(f"{args.bert} teaches through a decoder of {size / 1e6:.1f} M, which is not exported")
     return soft_labels, decoder
 
 
-def new_optimizer(args, student, decoder):
+def new_optimizer(args, student, decoder, inherits):
     """Inherited parts and new ones have learning rates of their own."""
+    new_lr = args.lr or LEARNING_RATES[inherits][0]
+    encoder_lr = args.encoder_lr or LEARNING_RATES[inherits][1]
     new = [*student.predictor.parameters(), *student.joiner.parameters(), *student.ctc.parameters()]
     if decoder:
         new += decoder.parameters()
@@ -235,10 +240,10 @@ def new_optimizer(args, student, decoder):
     others += student.encoder.subsampling.parameters()
     groups = [
         {"params": new},
-        {"params": others, "lr": args.encoder_lr},
-        {"params": matrices, "lr": args.encoder_lr, "muon": True},
+        {"params": others, "lr": encoder_lr},
+        {"params": matrices, "lr": encoder_lr, "muon": True},
     ]
-    return Muon(groups, args.lr)
+    return Muon(groups, new_lr)
 
 
 # ---------------------------------------- training
@@ -282,10 +287,10 @@ def main(argv=None):
     run.check_settings(data.fingerprints(train_set, dev_set))
 
     # ---- teachers, student
-    transducers = []
+    teachers = []
     tokenizer = None
     if args.teacher_transducer:
-        transducers, tokenizer = essence_kd.load_transducers(args.teacher_transducer, run.device)
+        teachers, tokenizer = essence_kd.load_transducers(args.teacher_transducer, run.device)
         run.print(
             f"taught by the transducers {', '.join(args.teacher_transducer)}, in their tokens"
         )
@@ -293,9 +298,14 @@ def main(argv=None):
     if run.state:
         student = model.load_student(run.state)
         tokenizer = Tokenizer.from_str(run.state["tokenizer"])
+        inherits = run.state["inherits"]
     else:
-        student, tokenizer, inherited = new_student(args, train_set, tokenizer)
-        run.print(inherited)
+        checkpoint = {}
+        if args.init != "none":
+            checkpoint = model.load_checkpoint(args.init)
+        inherits = {1: "encoder", 2: "everything"}.get(checkpoint.get("stage"), "nothing")
+        student, tokenizer, line = new_student(args, checkpoint, train_set, tokenizer)
+        run.print(line)
     student.to(run.device)
     run.print(
         f"student: {student.parameter_count / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} "
@@ -319,27 +329,30 @@ def main(argv=None):
         world=run.world,
     )
     dev_loader = data.Loader(dev_set, args.batch_seconds, workers=args.workers)
-    optimizer = new_optimizer(args, student, decoder)
+    optimizer = new_optimizer(args, student, decoder, inherits)
 
     # ---- the loop
     about = {
         "config": student.config,
         "stage": 2,
         "tokenizer": tokenizer.to_str(),
-        "init": args.init,
+        "inherits": inherits,
     }
+    # run.steps begins with a rehearsal (step 0: the largest batches, no update), then makes --steps
+    # updates. A loss is a sum over utterances; sum_gradients divides by the count of all processes.
     with run.start(student, optimizer, about, beside=decoder):
         for step, batches in run.steps(loader):
             training.set_learning_rates(optimizer, run.progress)
-            # The rehearsal (step 0) needs the memory of a whole update.
-            frozen = step > 0 and run.progress < FROZEN and args.init != "none"
+            # New parts would at first push random gradients into the trained encoder. (But the
+            # rehearsal must need the memory of a whole update.)
+            frozen = step > 0 and inherits == "encoder" and run.progress < FROZEN
             student.encoder.requires_grad_(not frozen)
             optimizer.zero_grad()
             for batch in batches:
                 with run.autocast():
-                    if transducers:
-                        batch, path = essence_kd.distil_path(
-                            transducers, batch, args.kd_temperature, args.essence_top_k
+                    if teachers:
+                        batch, best_path = essence_kd.distil_path(
+                            teachers, batch, args.kd_temperature, args.essence_top_k
                         )
                     layers, lengths = student.encoder.encode_layers(
                         batch.features, batch.feature_lengths
@@ -347,22 +360,22 @@ def main(argv=None):
                     hidden = layers[-1]
                     predicted = student.predict(batch.targets)
                     labelled = batch.targets, lengths, batch.target_lengths
-                    transducer = model.transducer_loss_from_joiner(
+                    transducer_losses = model.transducer_loss_from_joiner(
                         student.joiner, hidden, predicted, *labelled, reduction="none"
                     )
-                    ctc = model.ctc_loss(student.ctc(hidden), *labelled)
-                    # Pseudo-labels weigh less than what people wrote.
+                    ctc_losses = model.ctc_loss(student.ctc(hidden), *labelled)
+                    # Pseudo-labels weigh less than what people wrote. What teachers give does not.
                     parts = {
-                        "transducer": (batch.weights * transducer).sum(),
-                        "ctc": (batch.weights * ctc).sum(),
+                        "transducer": (batch.weights * transducer_losses).sum(),
+                        "ctc": (batch.weights * ctc_losses).sum(),
                     }
                     loss = parts["transducer"] + args.ctc_weight * parts["ctc"]
-                    if transducers:
+                    if teachers:
                         parts["kd"] = essence_kd.path_distillation_loss(
                             student.joiner,
                             hidden,
                             predicted,
-                            path,
+                            best_path,
                             lengths,
                             args.kd_temperature,
                             args.kd_shift,

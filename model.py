@@ -46,7 +46,7 @@ class Config:
     predictor_dim: int = 256
     predictor_dropout: float = 0.3  # the predictor sees few texts and must not learn them by heart
     joiner_dim: int = 256
-    seconds: float = 12.0  # of a typical training utterance; longer audio is encoded in such pieces
+    seconds: float = 12.0  # of a typical training utterance; much longer audio is encoded in pieces
 
     def describes_input(self):
         """What the student encodes at once, in words."""
@@ -323,14 +323,14 @@ class Joiner(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.encoder = nn.Linear(config.dim, config.joiner_dim)
-        self.predictor = nn.Linear(config.predictor_dim, config.joiner_dim)
+        self.project_hidden = nn.Linear(config.dim, config.joiner_dim)
+        self.project_predicted = nn.Linear(config.predictor_dim, config.joiner_dim)
         self.out = nn.Linear(config.joiner_dim, config.vocab_size)
 
     def forward(self, hidden, predicted):
         """hidden (B, T, d), predicted (B, U+1, P) -> logits (B, T, U+1, V)"""
-        encoded = self.encoder(hidden)[:, :, None]
-        predicted = self.predictor(predicted)[:, None]
+        encoded = self.project_hidden(hidden)[:, :, None]
+        predicted = self.project_predicted(predicted)[:, None]
         return self.join(encoded, predicted)
 
     def join(self, encoded, predicted):
@@ -441,7 +441,10 @@ def ctc_loss(logits, targets, lengths, target_lengths):
 
 
 def transducer_loss(logits, targets, logit_lengths, target_lengths, blank=BLANK, reduction="mean"):
-    """-log P(targets | logits), summed over all alignments; value and gradient are exact.
+    """-log P(targets | logits), summed over all alignments, with its exact value.
+
+    So is the gradient, but for labels that no alignment of a piece of frames visits with a
+    probability above 1e-8: there it is 0.
 
     logits (B, T, U+1, V) float, unnormalised; targets (B, U) int; lengths (B,) int; reduction none
     | mean | sum, over the batch. A frame may emit several labels, so U may exceed T. What lies
@@ -472,11 +475,9 @@ def transducer_loss(logits, targets, logit_lengths, target_lengths, blank=BLANK,
 def transducer_loss_from_joiner(
     joiner, hidden, predicted, targets, logit_lengths, target_lengths, blank=BLANK, reduction="mean"
 ):
-    """transducer_loss(joiner(hidden, predicted), ...) without its (B, T, U+1, V) logits
+    """transducer_loss(joiner(hidden, predicted), ...), without its (B, T, U+1, V) logits
 
-    joiner: Joiner; hidden (B, T, d); predicted (B, U+1, P). Value and gradients are the same, but
-    for nodes that all alignments together visit with a probability below 1e-8: they get no
-    gradient.
+    joiner: Joiner; hidden (B, T, d); predicted (B, U+1, P). Value and gradients are the same.
     """
     V = joiner.out.out_features
     shape = (*hidden.shape[:2], predicted.shape[1], V)
@@ -492,9 +493,8 @@ def transducer_loss_from_joiner(
     # NaN times a gradient of 0 would be NaN in the gradients of the weights.
     hidden = hidden.where(valid_mask(T, shape[1])[..., None], 0)
     predicted = predicted.where(valid_mask(U + 1, shape[2])[..., None], 0)
-    encoded = joiner.encoder(hidden)
-    predicted = joiner.predictor(predicted)
-    tensors = [encoded, predicted, joiner.out.weight, joiner.out.bias]
+    projected = [joiner.project_hidden(hidden), joiner.project_predicted(predicted)]
+    tensors = [*projected, joiner.out.weight, joiner.out.bias]
     loss = TransducerLoss.apply(node_logits, select, targets, T, U, V, blank, *tensors)
     return reduce_batch(loss, reduction)
 
@@ -684,7 +684,7 @@ def reduce_batch(loss, reduction):
 
 # ---------------------------------------- checkpoints
 
-FORMAT = 2  # of the files; 1 was that of the versions before the five scripts
+FORMAT = 2  # of the files; other versions of this code may have others
 
 
 def save_checkpoint(path, **entries):
@@ -761,9 +761,9 @@ def load_student(checkpoint, **changes):
             for key, value in checkpoint["model"].items():
                 if key.startswith(f"{name}."):
                     weights[key.removeprefix(f"{name}.")] = value
-            if not part.state_dict() or (changes and name != "encoder" and not weights):
-                continue
-            part.load_state_dict(weights)
+            is_new = bool(changes) and name != "encoder" and not weights
+            if part.state_dict() and not is_new:
+                part.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         path = checkpoint.get("path", "the checkpoint")
         raise UserError(

@@ -46,7 +46,7 @@ class Teacher:
         Each of them becomes a target.
     clocks: of each layer, when its frames are.
     widths: of the targets, see `align`: twice a layer's for a teacher of 50 Hz.   dim: their sum.
-    mean, std (dim,): of the embeddings, measured by `standardise`; until then 0 and 1.
+    mean, std (dim,): of the embeddings, set by `measure_statistics`; until then 0 and 1.
     An utterance's embedding does not depend on its batch.
     Raises UserError for all that cannot be loaded, cannot be run or is no speech encoder.
     """
@@ -96,7 +96,7 @@ class Teacher:
         """(B, T, dim) as they are, from `embed` or a cache -> mean 0, deviation 1 per dimension"""
         return (embeddings.to(self.device, torch.float32) - self.mean) / self.std
 
-    def standardise(self, batches):
+    def measure_statistics(self, batches):
         """Measure mean and deviation per dimension: teachers of different scale then weigh alike
         in an L1. [ours]
 
@@ -157,7 +157,7 @@ def align(states, samples, clock):
     # As many as the student's encoder has frames, see model.Subsampling.
     T = max(1, (samples + data.FRAME // 2) // data.FRAME)
     stack = frames_per_target(clock)
-    part = torch.arange(T * stack, dtype=torch.float64, device=states.device)
+    part = torch.arange(T * stack, dtype=torch.float64)  # on the CPU, because MPS has no float64
     # Where in the audio the parts of the targets are centred, in samples ...
     middle = (part + 0.5) * data.FRAME / stack
     # ... and which of the teacher's frames lies there: 3.25 is between the third and the fourth.
@@ -168,7 +168,7 @@ def align(states, samples, clock):
     position = position.clamp(0, len(states) - 1)
     before = position.long()
     after = (before + 1).clamp(max=len(states) - 1)
-    fraction = (position - before).float()[:, None]
+    fraction = (position - before).float()[:, None].to(states.device)
     return torch.lerp(states[before], states[after], fraction).reshape(T, -1)
 
 
@@ -323,7 +323,7 @@ def probe_teachers(args):
     return 0
 
 
-def standardise(teachers, train_set, caches, args):
+def measure_statistics(teachers, train_set, caches, args):
     """Give the teachers the means and deviations of the first batches of training: four of them and
     at least 200 s.
     """
@@ -350,7 +350,7 @@ def standardise(teachers, train_set, caches, args):
                 embedded.append((batch.embeddings[k], (batch.feature_lengths + 1) // 4))
             else:
                 embedded.append(teacher.embed(batch.waveforms))
-        teacher.standardise(embedded)
+        teacher.measure_statistics(embedded)
 
 
 @torch.no_grad()
@@ -434,7 +434,7 @@ def main(argv=None):
         for teacher, state in zip(teachers, run.state["teachers"]):
             teacher.load_state(state)
     else:
-        standardise(teachers, train_set, caches, args)
+        measure_statistics(teachers, train_set, caches, args)
 
     # ---- student
     head_names = names
@@ -463,6 +463,8 @@ def main(argv=None):
     # ---- the loop: the student's frames, through a head each, approach the teachers' embeddings
     states = [teacher.state() for teacher in teachers]
     about = {"config": config, "stage": 1, "size": args.size, "teachers": states}
+    # run.steps begins with a rehearsal (step 0: the largest batches, no update), then makes --steps
+    # updates. A loss is a sum over frames; sum_gradients divides by the count of all processes.
     with run.start(student, optimizer, about):
         for step, batches in run.steps(loader):
             training.set_learning_rates(optimizer, run.progress)

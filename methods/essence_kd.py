@@ -26,7 +26,7 @@ from model import BLANK
 from tools.command_line import UserError
 
 
-class Path(NamedTuple):
+class OneBestPath(NamedTuple):
     """The nodes of a walk through a lattice, N = T + U of them at most; (B, N) each."""
 
     t: torch.Tensor
@@ -56,7 +56,7 @@ def load_transducers(folders, device):
 
 @torch.no_grad()
 def distil_path(transducers, batch, temperature=1.0, top_k=None):
-    """-> (the batch, with the first teacher's transcripts where it has none; the teachers' Path)
+    """-> (the batch, with the first teacher's transcripts where it has none; the teachers' OneBestPath)
 
     The teachers encode the audio without SpecAugment.
     """
@@ -100,7 +100,7 @@ def transcribe_untranscribed(transducer, hidden, lengths, batch):
 
 
 def one_best_path(ensemble, targets, logit_lengths, target_lengths, temperature=1.0, blank=BLANK):
-    """Walk the lattice along the transcript (arXiv 2110.03334) -> Path
+    """Walk the lattice along the transcript (arXiv 2110.03334) -> OneBestPath
 
     From (t, u) to (t+1, u) where blank is the teachers' best guess or no label is left, else to
     (t, u+1). ensemble: list of (joiner, hidden (B, T, d), predicted (B, U+1, P)); targets (B, U);
@@ -109,23 +109,25 @@ def one_best_path(ensemble, targets, logit_lengths, target_lengths, temperature=
     row = torch.arange(len(targets), device=targets.device)
     projected = []
     for joiner, hidden, predicted in ensemble:
-        projected.append((joiner.join, joiner.encoder(hidden), joiner.predictor(predicted)))
+        projected.append(
+            (joiner.join, joiner.project_hidden(hidden), joiner.project_predicted(predicted))
+        )
     t = torch.zeros_like(logit_lengths)
     u = torch.zeros_like(logit_lengths)
     nodes = []
     for _ in range(int((logit_lengths + target_lengths).max())):
-        # A walk that has reached its end stays there, as nodes that do not exist.
+        # What a walk visits behind its end are nodes that do not exist.
         exists = t < logit_lengths
         frame = t.minimum(logit_lengths - 1)
         q = 0
         for join, encoded, predicted in projected:
             logits = join(encoded[row, frame], predicted[row, u]).float()
             q = q + (logits / temperature).softmax(-1) / len(projected)
-        nodes.append(Path(t, u, exists, q))
+        nodes.append(OneBestPath(t, u, exists, q))
         writes = (q.argmax(-1) != blank) & (u < target_lengths)
         t = t + ~writes
         u = u + (writes & exists)
-    return Path(*(torch.stack(values, dim=1) for values in zip(*nodes)))
+    return OneBestPath(*(torch.stack(values, dim=1) for values in zip(*nodes)))
 
 
 def essence(q, top_k):
@@ -147,8 +149,8 @@ def path_distillation_loss(
     row = torch.arange(len(hidden), device=hidden.device)[:, None]
     exists = path.exists & (path.t + shift < logit_lengths[:, None])
     frame = (path.t + shift).clamp(max=hidden.shape[1] - 1)
-    encoded = joiner.encoder(hidden)[row, frame]
-    predicted = joiner.predictor(predicted)[row, path.u]
+    encoded = joiner.project_hidden(hidden)[row, frame]
+    predicted = joiner.project_predicted(predicted)[row, path.u]
     log_p = (joiner.join(encoded, predicted).float() / temperature).log_softmax(-1)  # (B, N, V)
     cross_entropy = -(path.q * log_p).sum(-1)
     return temperature**2 * cross_entropy.where(exists, 0).sum()

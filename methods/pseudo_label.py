@@ -150,9 +150,11 @@ def judge(teacher, validator, alpha=0.4):
 
 
 def name_of(recording):
-    """What the rows of a recording have in common: its path, and where it begins in its file."""
+    """What the rows of a recording have in common: its path, and which segment of the file it is."""
     path = os.path.abspath(recording.path)
-    return path if recording.offset is None else f"{path}@{recording.offset:g}"
+    if recording.offset is None:
+        return path
+    return f"{path}@{recording.offset:g}+{recording.seconds:g}"
 
 
 def label_recording(recording, teacher, validator, alpha, weight):
@@ -204,7 +206,9 @@ def read_finished(path):
     rows = [json.loads(line) for line in lines]
     found = Counter(row["recording"] for row in rows)
     rows = [row for row in rows if found[row["recording"]] == row["pieces"]]
-    write_rows(rows, path, "w")
+    temporary = Path(f"{path}.tmp")
+    write_rows(rows, temporary, "w")
+    temporary.replace(path)
     return rows
 
 

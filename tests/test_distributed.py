@@ -214,7 +214,7 @@ def test_a_bad_number_on_one_process_is_skipped_by_all_and_only_its_utterances_n
     assert first and second
     assert done[0][1].count("update skipped") == 2 and "update skipped" not in done[1][1]
     last = state_of(tmp_path / "out")
-    assert last["progress"]["skipped"] == 2
+    assert last["position"]["skipped"] == 2
     assert all(value.isfinite().all() for value in last["raw_model"].values())
 
 
@@ -341,6 +341,6 @@ def test_torchrun_restarts_the_real_script_where_it_was(tmp_path):
     assert done.stdout.count("next: ") == 1
     steps = [row["step"] for row in log_of(tmp_path / "out")]
     assert steps == sorted(steps)
-    last = state_of(tmp_path / "out")["progress"]
+    last = state_of(tmp_path / "out")["position"]
     assert last["finished"] and last["step"] == 5
     assert last["settings"]["the number of processes"] == "2"

@@ -171,7 +171,7 @@ def same(a, b):
     for i, state in x["optimizer"]["state"].items():
         for key, value in state.items():
             assert torch.equal(value, y["optimizer"]["state"][i][key])
-    assert x["progress"] | {"seconds": 0} == y["progress"] | {"seconds": 0}
+    assert x["position"] | {"seconds": 0} == y["position"] | {"seconds": 0}
     assert log_of(a) == log_of(b)
     return True
 
@@ -225,7 +225,7 @@ def test_kill_9_at_twelve_random_moments(whole, out):
         assert code == -signal.SIGKILL, printed
         step = 0
         if (out / "last.pt").exists():
-            step = state_of(out)["progress"]["step"]
+            step = state_of(out)["position"]["step"]
         found.append(step)
     print(f"checkpoints that the kills left: steps {found}")
     code, printed = child(tiny_run, out)
@@ -238,7 +238,7 @@ def test_power_lost_in_the_middle_of_a_save(whole, out, where):
     """Dead with half of last.pt written, or with all of it written and not yet renamed."""
     code, _ = child(dies_while_saving, out, where)
     assert code == -signal.SIGKILL and (out / "last.pt.tmp").exists()
-    assert state_of(out)["progress"]["step"] == 6
+    assert state_of(out)["position"]["step"] == 6
     code, printed = child(tiny_run, out)
     assert code == 0 and "at step 6" in printed and same(whole, out)
     left = sorted(path.name for path in out.iterdir())
@@ -379,7 +379,7 @@ def test_a_bad_number_costs_its_update_and_is_named(out, kind):
     for ids in skipped:
         assert ids and all(id in printed for id in ids[:5])
     last = state_of(out)
-    assert last["progress"]["skipped"] == 2 and last["progress"]["step"] == 24
+    assert last["position"]["skipped"] == 2 and last["position"]["step"] == 24
     for part in ("model", "raw_model"):
         assert all(value.isfinite().all() for value in last[part].values())
 
@@ -393,7 +393,7 @@ def test_ten_bad_updates_in_a_row_end_the_run_and_leave_the_checkpoints(out):
     last = state_of(out)
     for part in ("model", "raw_model"):
         assert all(value.isfinite().all() for value in last[part].values())
-    assert state_of(out, "best.pt")["step"] <= last["progress"]["step"]
+    assert state_of(out, "best.pt")["step"] <= last["position"]["step"]
 
 
 def test_audio_that_is_only_a_header_is_one_line(tmp_path, capsys):

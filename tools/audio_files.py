@@ -147,3 +147,25 @@ def seek(file, frame):
         if not skipped:
             break
         frame -= skipped
+
+
+def segment_frames(path, length, rate, offset, seconds):
+    """-> (first frame, last frame + 1) of a segment of a file of `length` seconds
+
+    Manifests are rounded: a tenth of a second and 1 % are no contradiction.
+    """
+    tolerance = 0.1 + 0.01 * (seconds or 0.0)
+    if offset is None:
+        if seconds is not None and abs(length - seconds) > tolerance:
+            raise UserError(
+                f"{path}: {length:.2f} s long, but {seconds:.2f} s in its manifest (a segment "
+                f"needs an offset) or when it was listed"
+            )
+        return 0, round(length * rate)
+    end = length if seconds is None else offset + seconds
+    if offset >= length or end > length + tolerance:
+        raise UserError(
+            f"{path}: {length:.2f} s long, which is no room for a segment from {offset:.2f} to "
+            f"{end:.2f} s"
+        )
+    return round(offset * rate), round(min(end, length) * rate)

@@ -74,7 +74,7 @@ class BeamTransducer:
         device = student.ctc.weight.device
         K = beam
         predicted, state = student.predictor(torch.full((B * K, 1), BLANK, device=device))
-        predicted = student.joiner.predictor(predicted[:, 0])
+        predicted = student.joiner.project_predicted(predicted[:, 0])
         score = torch.full((B, K), -torch.inf, device=device)
         score[:, 0] = 0.0  # one beginning, not K equal ones
         self.columns = torch.arange(K, device=device).expand(B, K)
@@ -94,7 +94,7 @@ class BeamTransducer:
     @torch.no_grad()
     def advance(self, hidden, lengths):
         """hidden (B, T, d), lengths (B,)"""
-        encoded = self.student.joiner.encoder(hidden)
+        encoded = self.student.joiner.project_hidden(hidden)
         frames = []
         for t in range(hidden.shape[1]):
             self.advance_frame(encoded[:, t, None], t < lengths)
@@ -156,7 +156,7 @@ class BeamTransducer:
         # The predictor and the language model read the label.
         emitted = label[live][:, None]
         predicted, grown.state[live] = self.student.predictor(emitted, grown.state[live])
-        grown.predicted[live] = self.student.joiner.predictor(predicted[:, 0])
+        grown.predicted[live] = self.student.joiner.project_predicted(predicted[:, 0])
         if self.fusion:
             grown.due[live] = self.extend_texts(before[live], label[live], grown.key[live])
         return grown, live

@@ -179,7 +179,8 @@ class SpeechEncoder:
     def _encodes(self, samples):
         """Does so little audio give hidden states?"""
         try:
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 states = self.model([noise(samples)], self.layers)
         except Exception:  # Each family has its own way to refuse short audio.
             return False

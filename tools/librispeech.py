@@ -18,6 +18,7 @@ from torchaudio.datasets import librispeech
 from tqdm import tqdm
 
 import data
+from tools import sources
 from tools.command_line import Parser, UserError, one_line_errors
 
 
@@ -29,12 +30,12 @@ def download(part, folder):
 
     A broken download goes on where it stopped. Raises UserError.
     """
-    sources = {}
+    parts = {}
     for url, checksum in librispeech._CHECKSUMS.items():
-        sources[Path(url).name.removesuffix(".tar.gz")] = (url, checksum)
-    if part not in sources:
-        raise UserError(f"LibriSpeech has no part {part!r}; choose one of {', '.join(sources)}")
-    url, checksum = sources[part]
+        parts[Path(url).name.removesuffix(".tar.gz")] = (url, checksum)
+    if part not in parts:
+        raise UserError(f"LibriSpeech has no part {part!r}; choose one of {', '.join(parts)}")
+    url, checksum = parts[part]
 
     # An empty file marks a part that has been unpacked whole.
     unpacked = Path(folder).expanduser() / "LibriSpeech" / part
@@ -95,7 +96,7 @@ def receive(response, file):
 def check(source):
     """Read every file of a source whole -> (list of its usable utterances, list of problems)"""
     try:
-        listed, problems = data.scan(source)
+        listed, problems = sources.scan(source)
     except UserError as error:
         return [], [str(error)]
     utterances = []

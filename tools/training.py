@@ -1,6 +1,6 @@
 """What a training loop needs besides its method: a run directory, exact resume, processes, signals.
 
-Nothing here knows about speech. The loops stand in pretrain_kd.py and finetune_rnnt.py:
+Nothing here depends on the method. The loops stand in pretrain_kd.py and finetune_rnnt.py:
 
     run = Run(args)                                   # device, processes, run directory
     with run.start(student, optimizer, about):        # new, or where it was interrupted
@@ -18,7 +18,7 @@ Nothing here knows about speech. The loops stand in pretrain_kd.py and finetune_
             run.log()
             if run.evaluation_is_due():
                 run.keep_best("dev L1", results)      # the least is the best
-    return run.finish("next: ...")
+    return run.finish("python ...")                   # the next command
 
 The first pass through the loop is a rehearsal: it gets the batches that need the most memory and
 changes no weight, so memory is short at once or never.
@@ -50,7 +50,8 @@ LOG_EVERY = 20  # updates
 SAVE_EVERY = 300  # seconds
 PATIENCE = 10  # updates in a row that may go wrong
 
-# These options say where and how fast, not what is learned: a run may go on with others.
+# These options decide where and how fast a run computes, not what it learns (but for the float16 of
+# a cache): it may go on with others.
 FREE_OPTIONS = {"device", "workers", "out", "overwrite", "cache", "probe"}
 
 
@@ -182,8 +183,10 @@ class Run:
         self.settings = {}
         for name, value in vars(args).items():
             if name not in FREE_OPTIONS:
-                value = [str(x) for x in value] if isinstance(value, list) else str(value)
-                self.settings[f"--{name.replace('_', '-')}"] = value
+                text = "the default" if value is None else str(value)
+                if isinstance(value, list):
+                    text = " ".join(map(str, value))
+                self.settings[f"--{name.replace('_', '-')}"] = text
         self.settings["the number of processes"] = str(self.world)
         self.open_directory()
         self.print(self.about_device + (f", {self.world} processes" if self.world > 1 else ""))
@@ -206,13 +209,13 @@ class Run:
         position = None
         if last.exists() and not self.overwrite:
             self.state = load_checkpoint(last)
-            if "progress" not in self.state:
+            if "position" not in self.state:
                 raise UserError(
                     f"{last} is not the state of a training; choose another --out or add "
                     f"--overwrite"
                 )
-            self.finished = self.state["progress"]["finished"]
-            position = self.state["progress"]["step"]
+            self.finished = self.state["position"]["finished"]
+            position = self.state["position"]["step"]
         if len(set(all_gather(position))) > 1:
             raise UserError(
                 f"--out {self.out} is not the same folder on every machine; choose one that they "
@@ -226,7 +229,7 @@ class Run:
         self.settings |= settings
         if self.state is None:
             return
-        old = self.state["progress"]["settings"]
+        old = self.state["position"]["settings"]
         changed = []
         for name, value in settings.items():
             if old.get(name) != value:
@@ -360,7 +363,7 @@ class Run:
         self.optimizer.load_state_dict(self.state["optimizer"])
         if self.beside:
             self.beside.load_state_dict(self.state["beside"])
-        self.position |= self.state["progress"]
+        self.position |= self.state["position"]
         self.print(f"continuing {self.out} at step {self.position['step']}")
 
     def save_last(self):
@@ -371,7 +374,7 @@ class Run:
             model=self.averaged.state_dict(),
             raw_model=self.student.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            progress=self.position,
+            position=self.position,
             **entries,
         )
 
