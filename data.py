@@ -23,6 +23,7 @@ from collections import deque
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchaudio
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -30,7 +31,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tools.audio_files import BLOCK, SAMPLE_RATE, open_audio, seek, segment_frames
 from tools.command_line import UserError, positive_float
-from tools.sources import SHORTEST, Utterance, place, scan, with_unique_id  # noqa: F401
+from tools.packed import pack
+from tools.sources import SHORTEST, Utterance, place, real_path, scan, with_unique_id  # noqa: F401
 
 HOP = 160  # samples between frames of log-mel, 10 ms
 WINDOW = 400  # samples of such a frame, 25 ms
@@ -60,8 +62,8 @@ def load_utterances(source, transcribed=False, skipped=None):
         utterances = []
         problems = [str(error)]
     if transcribed:
-        problems += [f"{u.path}: no transcript" for u in utterances if not normalise(u.text or "")]
-        utterances = [u for u in utterances if normalise(u.text or "")]
+        problems += [f"{u.path}: no transcript" for u in utterances if not has_words(u)]
+        utterances = [u for u in utterances if has_words(u)]
     if skipped is not None:
         skipped += problems
     elif not utterances and len(problems) == 1:
@@ -76,19 +78,24 @@ def load_utterances(source, transcribed=False, skipped=None):
 
 def load_sources(sources, transcribed=False, skipped=None):
     """Several sources -> one list in which each audio stands once and each id is unique."""
+    # Of one source they are so already.
+    if len(sources) == 1:
+        return load_utterances(sources[0], transcribed, skipped)
     utterances = []
     places = set()
     ids = set()
     twice = 0
     for source in sources:
         for u in load_utterances(source, transcribed, skipped):
-            if place(u) in places:
+            its_place = place(u)
+            if its_place in places:
                 twice += 1
                 continue
-            places.add(place(u))
+            places.add(its_place)
             # Two folders may use the same names for different files.
-            id = u.path if u.id in ids else u.id
-            utterances.append(with_unique_id(replace(u, id=id), ids))
+            if u.id in ids:
+                u = replace(u, id=u.path)
+            utterances.append(with_unique_id(u, ids))
     if twice:
         print(f"{twice} utterances stand in two of the sources and are used once", file=sys.stderr)
     return utterances
@@ -100,6 +107,13 @@ def report(problems, where):
         print(f"skipped: {problem}", file=sys.stderr)
     if len(problems) > 1:
         print(f"skipped {len(problems)} {where}", file=sys.stderr)
+
+
+def has_words(utterance):
+    """Whether anything of its text is left once it is normalised"""
+    text = utterance.text or ""
+    # Most texts show it at once.
+    return bool(re.search("[A-Za-z0-9]", text) or normalise(text))
 
 
 # ---------------------------------------- training data
@@ -136,6 +150,7 @@ def add_source_options(parser):
 def load_training_data(args, transcribed=False, quiet=False):
     """What the options above and --batch-seconds name -> (training, development utterances)
 
+    Both are packed, see tools/packed.py.
     transcribed: stage 2, where --data needs text and --unlabelled has none, whatever is beside it.
     quiet: do not print the line that sums it up. Raises UserError if either would be empty.
     """
@@ -168,7 +183,8 @@ def load_training_data(args, transcribed=False, quiet=False):
         development = one_in_twenty(by_people(training))
     # Nothing that the student is evaluated on is trained on, and nothing is trained on twice.
     training = without(training, development)
-    training += without(untranscribed, [*training, *development])
+    if untranscribed:
+        training += without(untranscribed, [*training, *development])
     [development] = leave_out_long(LONGEST, "cut it up", development)
     if not training or not development:
         raise UserError(
@@ -176,6 +192,9 @@ def load_training_data(args, transcribed=False, quiet=False):
             f"on; give more --data, --dev, or larger --batch-seconds"
         )
 
+    # Now that all are chosen, they can be put away in less memory.
+    training = pack(training)
+    development = pack(development)
     if not quiet:
         print(f"training on {summary(training)}; evaluating on {summary(development)}")
         if transcribed and development[0].weight < 1:
@@ -189,11 +208,11 @@ def without(utterances, others):
     Two segments of one file may both stay, if they are not the same.
     """
     places = set(map(place, others))
-    files = {place(u)[:2] for u in others}
-    whole_files = {place(u)[:2] for u in others if u.offset is None}
+    files = {real_path(u.path) for u in others}
+    whole_files = {real_path(u.path) for u in others if u.offset is None}
     kept = []
     for u in utterances:
-        file = place(u)[:2]
+        file = real_path(u.path)
         is_known = place(u) in places or file in whole_files
         if not is_known and not (u.offset is None and file in files):
             kept.append(u)
@@ -238,9 +257,9 @@ def fingerprints(training, development):
 
 def summary(utterances):
     """How many they are, and how long"""
-    minutes = sum(u.seconds for u in utterances) / 60
+    minutes = sum(pack(utterances).seconds.tolist()) / 60
     length = f"{minutes / 60:.2f} h" if minutes >= 60 else f"{minutes:.1f} min"
-    return f"{len(utterances)} utterances, {length}"
+    return f"{len(utterances)} utterance{'s' * (len(utterances) != 1)}, {length}"
 
 
 # ---------------------------------------- audio
@@ -434,7 +453,7 @@ class Loader:
     `epoch(3, skip=17)` goes on exactly where an interrupted run stopped, with any `workers`.
     """
 
-    utterances: list
+    utterances: list  # which it keeps packed, see tools/packed.py
     batch_seconds: float  # of audio in a batch, at most, padding counted
     _: KW_ONLY
     tokenizer: Tokenizer | None = None  # if there is one, the batches are transcribed
@@ -446,6 +465,10 @@ class Loader:
     seed: int = 0
     rank: int = 0  # of this process, among `world`
     world: int = 1
+
+    def __post_init__(self):
+        # The workers then share them.
+        self.utterances = pack(self.utterances)
 
     def epoch(self, number=0, skip=0):
         """-> iterator of this process's batches, without the first `skip`"""
@@ -465,15 +488,16 @@ class Loader:
         generator = torch.Generator().manual_seed(mix(self.seed, number))
         # Sorted by length there is little padding; training jitters it, to change the neighbours.
         jitter = 1 + 0.2 * self.augment * torch.rand(len(self.utterances), generator=generator)
-        lengths = [u.seconds * x for u, x in zip(self.utterances, jitter.tolist())]
+        order = np.argsort(self.utterances.seconds * jitter.double().numpy(), kind="stable")
+        # A batch must fit at the slowest speed too.
+        seconds = self.utterances.seconds[order] / min(self.speeds)
         batches = [[]]
         longest = 0.0
-        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            seconds = self.utterances[i].seconds / min(self.speeds)
-            longest = max(longest, seconds)
+        for i, length in zip(order.tolist(), seconds.tolist()):
+            longest = max(longest, length)
             if batches[-1] and longest * (len(batches[-1]) + 1) > self.batch_seconds:
                 batches.append([])
-                longest = seconds
+                longest = length
             batches[-1].append(i)
         if self.augment:
             order = torch.randperm(len(batches), generator=generator).tolist()
@@ -488,12 +512,15 @@ class Loader:
         and the one with most pairs of frames, which is that of the longest utterances"""
         slow = replace(self, rank=0, world=1, speeds=(min(self.speeds),))
         plan = slow.batches(0)
+        lengths = self.utterances.seconds.tolist()
+        longest = []
+        for batch in plan:
+            longest.append(max(lengths[i] for i in batch))
         worst = set()
         for power in (1, 2):
             sizes = []
-            for batch in plan:
-                longest = max(self.utterances[i].seconds for i in batch)
-                sizes.append(len(batch) * longest**power)
+            for batch, seconds in zip(plan, longest):
+                sizes.append(len(batch) * seconds**power)
             worst.add(tuple(plan[sizes.index(max(sizes))]))
         return [slow.load(0, batch) for batch in worst]
 

@@ -497,7 +497,9 @@ def find_utterances(args, failed):
     utterances = data.load_sources(sources, skipped=failed)
     # An empty transcript is a reference without words; where there is none, nothing can be scored.
     if not args.audio:
-        skip([f"{u.path}: no transcript" for u in utterances if u.text is None], failed)
+        problems = [f"{u.path}: no transcript" for u in utterances if u.text is None]
+        data.report(problems, "without a transcript; to transcribe them, leave out --data")
+        failed += problems
         utterances = [u for u in utterances if u.text is not None]
     check_usable(utterances, failed)
     return utterances

@@ -36,7 +36,7 @@ from tools.command_line import (
     positive_float,
     positive_int,
 )
-from tools.muon import Muon, split_matrices
+from tools.muon import Muon, parameters_outside, split_matrices
 
 FROZEN = 0.1  # share of the updates in which an inherited encoder waits for the new, random parts
 LEARNING_RATES = {  # peak rates of (predictor, joiner and CTC head; encoder), by what is inherited
@@ -191,7 +191,14 @@ def new_student(args, checkpoint, train_set, tokenizer):
                 f"{args.teacher_transducer[0]}; begin with its stage 1 instead"
             )
         student = model.load_student(checkpoint, dropout=args.dropout)
-        return student, own, f"inherited from {args.init}: a finished recogniser, whole"
+        line = f"inherited from {args.init}: a finished recogniser, whole"
+        labels = []
+        for utterance in train_set:
+            labels += own.encode(data.normalise(utterance.text or "")).ids
+        unknown = labels.count(own.token_to_id("<unk>"))
+        if unknown:
+            line += f"; it has no token for {100 * unknown / len(labels):.1f} % of the new letters"
+        return student, own, line
     if tokenizer is None:
         texts = [utterance.text for utterance in train_set if utterance.text is not None]
         tokenizer = data.train_tokenizer(texts, args.vocab_size)
@@ -233,11 +240,10 @@ def new_optimizer(args, student, decoder, inherits):
     """Inherited parts and new ones have learning rates of their own."""
     new_lr = args.lr or LEARNING_RATES[inherits][0]
     encoder_lr = args.encoder_lr or LEARNING_RATES[inherits][1]
-    new = [*student.predictor.parameters(), *student.joiner.parameters(), *student.ctc.parameters()]
+    new = parameters_outside(student, student.encoder)
     if decoder:
         new += decoder.parameters()
-    matrices, others = split_matrices(student.encoder.blocks)
-    others += student.encoder.subsampling.parameters()
+    matrices, others = split_matrices(student.encoder)
     groups = [
         {"params": new},
         {"params": others, "lr": encoder_lr},
@@ -279,7 +285,10 @@ def main(argv=None):
     if args.data:
         decode_command += " --data SOURCE"
     if run.finished:
-        run.print(f"{args.out} is finished; next: {decode_command}   (--overwrite starts anew)")
+        run.print(
+            f"{args.out} is finished; next: {decode_command}   (--overwrite starts anew; --init "
+            f"{args.out} --out OTHER trains it further)"
+        )
         return 0
 
     # ---- data
@@ -340,7 +349,7 @@ def main(argv=None):
     }
     # run.steps begins with a rehearsal (step 0: the largest batches, no update), then makes --steps
     # updates. A loss is a sum over utterances; sum_gradients divides by the count of all processes.
-    with run.start(student, optimizer, about, beside=decoder):
+    with run.start(student, optimizer, about, per="utterance", beside=decoder):
         for step, batches in run.steps(loader):
             training.set_learning_rates(optimizer, run.progress)
             # New parts would at first push random gradients into the trained encoder. (But the

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tools.command_line import UserError
+from tools.command_line import UserError, count
 
 BLANK = 0  # the label that a transducer and CTC emit where there is nothing to write
 RANDOM_CHUNK = -1  # Config.chunk of a student for both: streaming and whole utterances
@@ -74,9 +74,7 @@ def chunk_size(text):
     """argparse type of --chunk: encoder frames of 40 ms, or "random"."""
     if text == "random":
         return RANDOM_CHUNK
-    if int(text) < 0:
-        raise ValueError(text)
-    return int(text)
+    return count(text)
 
 
 def valid_mask(lengths, size):
@@ -230,7 +228,11 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Log-mel features to hidden states. An utterance's output does not depend on its batch."""
+    """Log-mel features to hidden states. An utterance's output does not depend on its batch.
+
+    An encoder of your own needs `subsampling`, `blocks` (a ModuleList, whose matrices Muon trains),
+    `forward` with its `chunk`, and `encode_layers`; `stream` only for decode.py --stream.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -718,7 +720,10 @@ def load_checkpoint(path):
     if path.is_dir():
         path = path / "best.pt"
     if not path.exists():
-        raise UserError(f"no checkpoint {path}; train one first or give another")
+        raise UserError(
+            f"no checkpoint {path}; train one first (python pretrain_kd.py, then finetune_rnnt.py) "
+            f"or give another"
+        )
     try:
         check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

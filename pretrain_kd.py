@@ -31,7 +31,7 @@ from tools import probe, teacher_cache, training
 from tools.command_line import Parser, UserError, one_line_errors, positive_float
 from tools.encoders import SpeechEncoder, noise
 from tools.machine import choose_device, fast_dtype
-from tools.muon import Muon, split_matrices
+from tools.muon import Muon, parameters_outside, split_matrices
 
 
 # ---------------------------------------- a teacher
@@ -66,6 +66,7 @@ class Teacher:
         self.dim = sum(self.widths)
         self.mean = torch.zeros(self.dim, device=self.device)
         self.std = torch.ones(self.dim, device=self.device)
+        self.fingerprint = self.embed_noise()
 
     def __str__(self):
         return f"{self.spec}: {self.encoder}, target {' + '.join(map(str, self.widths))} wide"
@@ -116,7 +117,7 @@ class Teacher:
         self.mean = mean.float().to(self.device)
         self.std = variance.clamp(min=1e-10).sqrt().float().to(self.device)
 
-    def fingerprint(self):
+    def embed_noise(self):
         """64 numbers of the embedding of a fixed second of noise: those of other weights, layers
         or libraries differ"""
         embeddings, _ = self.embed([noise(data.SAMPLE_RATE)])
@@ -126,10 +127,27 @@ class Teacher:
 
     def state(self):
         """What a checkpoint keeps of a teacher, in plain types and tensors"""
-        return {"spec": self.spec, "dim": self.dim, "mean": self.mean.cpu(), "std": self.std.cpu()}
+        return {
+            "spec": self.spec,
+            "dim": self.dim,
+            "mean": self.mean.cpu(),
+            "std": self.std.cpu(),
+            "fingerprint": self.fingerprint,
+        }
 
     def load_state(self, state):
-        """Standardise as in the run whose checkpoint this state is from."""
+        """Standardise as in the run whose checkpoint this state is from.
+
+        Raises UserError if this is another teacher than it was there.
+        """
+        before = torch.tensor(state["fingerprint"])
+        now = torch.tensor(self.fingerprint)
+        # bfloat16 on another device differs from float32 by less.
+        if (now - before).norm() > 0.05 * before.norm():
+            raise UserError(
+                f"teacher {self.spec} has other weights than when this run began (a module of your "
+                f"own must seed them); add --overwrite or choose another --out"
+            )
         self.mean = state["mean"].to(self.device)
         self.std = state["std"].to(self.device)
 
@@ -456,8 +474,8 @@ def main(argv=None):
         f"{', '.join(heads)}, {config.describes_input()}"
     )
     # Muon takes the blocks' matrices; AdamW the biases, the norms, the input layers and the heads.
-    matrices, others = split_matrices(student.encoder.blocks)
-    others += [*student.encoder.subsampling.parameters(), *student.heads.parameters()]
+    matrices, others = split_matrices(student.encoder)
+    others += parameters_outside(student, student.encoder)
     optimizer = Muon([{"params": others}, {"params": matrices, "muon": True}], args.lr)
 
     # ---- the loop: the student's frames, through a head each, approach the teachers' embeddings
@@ -465,7 +483,7 @@ def main(argv=None):
     about = {"config": config, "stage": 1, "size": args.size, "teachers": states}
     # run.steps begins with a rehearsal (step 0: the largest batches, no update), then makes --steps
     # updates. A loss is a sum over frames; sum_gradients divides by the count of all processes.
-    with run.start(student, optimizer, about):
+    with run.start(student, optimizer, about, per="frame"):
         for step, batches in run.steps(loader):
             training.set_learning_rates(optimizer, run.progress)
             optimizer.zero_grad()

@@ -273,7 +273,7 @@ def next_command(recordings, out):
     """The command that trains on the manifest; for the demo it works as it stands."""
     train = "TRANSCRIBED"
     dev = "TRANSCRIBED_DEV"
-    note = "   (TRANSCRIBED: your own transcribed audio)"
+    note = "   # TRANSCRIBED: your own transcribed audio"
     demo = os.path.relpath(data.DEMO)
     if all(Path(recording.path).resolve().is_relative_to(data.DEMO) for recording in recordings):
         train = f"{demo}/corpus/train"

@@ -54,6 +54,7 @@ class FakeTeacher:
         lengths = torch.tensor([len(row) for row in rows])
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
 
+    @property
     def fingerprint(self):
         return [self.factor * k for k in range(1, 65)]
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import pickle
 import tarfile
 import threading
 import time
@@ -21,6 +22,7 @@ import data
 from conftest import DEMO
 from tools import librispeech
 from tools.command_line import UserError
+from tools.packed import pack
 
 
 def write_sine(path, hertz=1000, rate=16_000, seconds=1.0, channels=1, **options):
@@ -631,6 +633,47 @@ def test_what_cannot_be_learned_from_is_named(tmp_path):
 
 def test_a_seed_may_be_a_date(demo_utterances):
     assert next(loader(demo_utterances[:3], seed=20261121).epoch(0)).utterances
+
+
+def test_thousands_of_rows_are_packed_without_a_difference(tmp_path):
+    rows = []
+    write_noise(tmp_path / "a.wav", seconds=40.0)
+    for i in range(3000):
+        segment = {"offset": i / 100, "duration": 0.2 + i * 7 % 300 / 100}
+        rows.append({"audio_filepath": "a.wav", "text": f"ROW {i}" if i % 3 else None, **segment})
+    plain = data.load_utterances(write_manifest(tmp_path / "m.jsonl", *rows))
+    plain.append(data.Utterance(os.fsdecode(b"/caf\xe9.wav"), 3.5, "你好", "é", 0.5))
+    packed = pack(plain)
+    assert packed == plain and pack(packed) is packed and len(packed) == 3001
+    assert packed[-1] == plain[-1] and packed[5:9] == plain[5:9] and packed[5:9] != plain[6:10]
+    assert packed.seconds.tolist() == [u.seconds for u in plain]
+    with pytest.raises(IndexError):
+        packed[3001]
+
+    # The batches, by hand: in order of length, as many as fit.
+    expected = [[]]
+    for i in sorted(range(3001), key=lambda i: plain[i].seconds):
+        if plain[i].seconds / 0.9 * (len(expected[-1]) + 1) > 12:
+            expected.append([])
+        expected[-1].append(i)
+    assert loader(plain, augment=False).batches(0) == expected
+
+
+def test_a_loader_that_was_pickled_or_forked_gives_the_same_batches(tmp_path):
+    write_noise(tmp_path / "a.wav", seconds=40.0)
+    utterances = []
+    for i in range(2000):
+        path = str(tmp_path / "a.wav")
+        utterances.append(data.Utterance(path, 1 + i % 50 / 50, None, str(i), offset=i / 60))
+    first = loader(utterances)
+    pickled = pickle.loads(pickle.dumps(first))
+    assert pickled == first and pickled.batches(7) == first.batches(7)
+    skip = len(first.batches(7)) - 4
+    expected = list(first.epoch(7, skip))
+    for other in (pickled, loader(utterances, workers=2), loader(pack(utterances), workers=2)):
+        found = list(other.epoch(7, skip))
+        assert ids_of(found) == ids_of(expected) and len(found) == 4
+        assert all(torch.equal(a.features, b.features) for a, b in zip(found, expected))
 
 
 # ---------------------------------------- librispeech

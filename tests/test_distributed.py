@@ -92,7 +92,7 @@ def toy_training(argv):
     student = torch.nn.Sequential(*layers)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     loader = ToyLoader(args.accumulate, run.rank, run.world)
-    with run.start(student, optimizer, {}):
+    with run.start(student, optimizer, {}, "row"):
         for step, batches in run.steps(loader):
             training.set_learning_rates(optimizer, run.progress)
             optimizer.zero_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import Config, Student
-from tools.muon import Muon, orthogonalise, split_matrices
+from tools.muon import Muon, orthogonalise, parameters_outside, split_matrices
 
 DECAY = 1e-2
 
@@ -25,9 +25,8 @@ def test_orthogonalised_is_nearly_u_times_v(shape):
 
 def groups_of(student):
     """As stage 2 has them: what is new, and the encoder's vectors and matrices at their own rate"""
-    new = [*student.predictor.parameters(), *student.joiner.parameters(), *student.ctc.parameters()]
-    matrices, others = split_matrices(student.encoder.blocks)
-    others += student.encoder.subsampling.parameters()
+    new = parameters_outside(student, student.encoder)
+    matrices, others = split_matrices(student.encoder)
     return new, others, matrices
 
 

@@ -669,3 +669,57 @@ def test_the_readme_names_functions_that_exist():
             assert re.search(rf"(def|class) {name}\b", path.read_text()), f"{file}.{name}"
             checked += 1
     assert checked >= 6
+
+
+# ---------------------------------------- changes of one's own
+
+
+OWN_TEACHER = """
+import torch
+
+class MyTeacher(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed({seed})
+        self.layer = torch.nn.Linear(320, 8)
+
+    def forward(self, waveforms, lengths):
+        frames = waveforms[:, :waveforms.shape[1] // 320 * 320].unflatten(1, (-1, 320))
+        return self.layer(frames), lengths // 320
+"""
+
+
+def test_a_teacher_that_changed_is_named_and_other_code_too(corpus, tmp_path, monkeypatch, capsys):
+    """An interrupted run goes on with the same teacher and the same student, or not at all."""
+    teacher = tmp_path / "mine.py"
+    teacher.write_text(OWN_TEACHER.format(seed=0))
+    sources = ["--data", str(corpus / "train"), "--dev", str(corpus / "dev")]
+    arguments = [
+        *sources,
+        "--teachers",
+        f"{teacher}:MyTeacher",
+        *TINY,
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    sum_gradients = training.Run.sum_gradients
+
+    def interrupted(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return sum_gradients(run)
+
+    monkeypatch.setattr(training.Run, "sum_gradients", interrupted)
+    assert pretrain_kd.main(arguments) == 143
+    monkeypatch.undo()
+    capsys.readouterr()
+    teacher.write_text(OWN_TEACHER.format(seed=1))
+    refused(capsys, pretrain_kd.main(arguments), "has other weights than when this run began")
+    teacher.write_text(OWN_TEACHER.format(seed=0))
+    monkeypatch.setattr(model, "projection_head", two_layers)
+    refused(capsys, pretrain_kd.main(arguments), "holds a run of another model")
+    monkeypatch.undo()
+    assert pretrain_kd.main(arguments) == 0
+
+
+def two_layers(config, teacher_dim):
+    return torch.nn.Sequential(torch.nn.Linear(config.dim, 16), torch.nn.Linear(16, teacher_dim))

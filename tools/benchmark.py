@@ -27,8 +27,8 @@ import pretrain_kd
 from tools import teacher_cache
 from tools.beam_search import BeamTransducer
 from tools.command_line import Parser, one_line_errors, positive_float, positive_int
-from tools.machine import choose_device
-from tools.muon import Muon, split_matrices
+from tools.machine import autocast, choose_device, fast_dtype
+from tools.muon import Muon, parameters_outside, split_matrices
 
 DEVICE, DTYPE, ABOUT_DEVICE = choose_device()
 TEACHERS = [str(data.DEMO / "teachers" / name) for name in ("hubert", "whisper")]
@@ -153,17 +153,18 @@ def demo_batch(batch_seconds, **options):
 
 
 def new_optimizer(student):
-    matrices, others = split_matrices(student.encoder.blocks)
-    others += [*student.encoder.subsampling.parameters(), *student.heads.parameters()]
+    matrices, others = split_matrices(student.encoder)
+    others += parameters_outside(student, student.encoder)
     return Muon([{"params": others}, {"params": matrices, "muon": True}], 1e-3)
 
 
 def stage1_step(student, batch, targets):
     """Forward and backward of stage 1."""
-    hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
-    loss = 0
-    for head, target in zip(student.heads, targets):
-        loss = loss + model.l1_loss(head(hidden).float(), target, lengths)
+    with autocast(DEVICE, DTYPE):
+        hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
+        loss = 0
+        for head, target in zip(student.heads, targets):
+            loss = loss + model.l1_loss(head(hidden).float(), target, lengths)
     student.zero_grad()
     (loss / lengths.sum()).backward()
 
@@ -179,7 +180,7 @@ def benchmark_train(args):
     targets = [torch.randn(*hidden.shape[:2], dim, device=DEVICE) for dim in config.head_dims]
 
     def encode(encoder):
-        with torch.autocast(DEVICE.type, DTYPE, DTYPE != torch.float32):
+        with autocast(DEVICE, DTYPE):
             hidden, _ = encoder(batch.features, batch.feature_lengths)
         hidden.sum().backward()
 
@@ -215,7 +216,8 @@ def print_table(title, seconds, batch):
 def benchmark_teacher(args):
     """Is a step of distillation worth its parts, and one from the cache what the student costs?"""
     live, indices = demo_batch(args.batch_seconds)
-    teachers = [pretrain_kd.Teacher(spec, DEVICE) for spec in args.teachers]
+    dtype = fast_dtype(DEVICE)
+    teachers = [pretrain_kd.Teacher(spec, DEVICE, dtype) for spec in args.teachers]
     chosen = [live.utterances[i] for i in indices]
     with tempfile.TemporaryDirectory() as folder:
         caches, _, _ = teacher_cache.fill(

@@ -55,7 +55,7 @@ def one_line_errors(main):
             print(f"{script}: interrupted", file=sys.stderr)
             return 130
         except (UserError, OSError, MemoryError, RuntimeError) as error:
-            message = " ".join(str(error).splitlines())
+            message = " ".join(str(error).splitlines()) or "out of memory, lower --batch-seconds"
             if isinstance(error, OSError):
                 message += "; mend that and give the same command again"
             if isinstance(error, RuntimeError):
@@ -87,9 +87,17 @@ class Parser(argparse.ArgumentParser):
 # ---------------------------------------- types of options
 
 
+def whole_number(text):
+    """argparse type: ... -1, 0, 1 ..."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
+
+
 def positive_int(text):
     """argparse type: 1, 2, 3 ..."""
-    number = int(text)
+    number = whole_number(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be above 0, found {text}")
     return number
@@ -97,7 +105,7 @@ def positive_int(text):
 
 def count(text):
     """argparse type: 0, 1, 2 ..."""
-    number = int(text)
+    number = whole_number(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, found {text}")
     return number

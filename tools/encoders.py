@@ -465,6 +465,18 @@ class OwnModel(FrozenModel):
         forward(waveforms (B, S) float32 at 16 kHz, padded with 0, lengths (B,) in samples)
             -> frames (B, n, D), lengths (B,) in frames; a frame every so many whole samples.
 
+    Its weights must be the same at every start, so random ones need a seed. For example:
+
+        class MyTeacher(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.layer = torch.nn.Linear(320, 64)
+
+            def forward(self, waveforms, lengths):
+                frames = waveforms[:, :waveforms.shape[1] // 320 * 320].unflatten(1, (-1, 320))
+                return self.layer(frames), lengths // 320
+
     Its frame rate, where its frames are centred and whether padding changes them are measured, as
     of every teacher.
     """

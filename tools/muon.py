@@ -8,11 +8,18 @@ import torch
 from tools.machine import fast_dtype
 
 
-def split_matrices(module):
-    """-> (the matrices among a module's parameters, its other parameters)"""
-    matrices = [p for p in module.parameters() if p.dim() == 2]
-    others = [p for p in module.parameters() if p.dim() != 2]
+def split_matrices(encoder):
+    """-> (the matrices of an encoder's blocks, its other parameters)"""
+    matrices = [p for p in encoder.blocks.parameters() if p.dim() == 2]
+    known = set(map(id, matrices))
+    others = [p for p in encoder.parameters() if id(p) not in known]
     return matrices, others
+
+
+def parameters_outside(student, encoder):
+    """The parameters of a student that are not its encoder's: heads, predictor ..."""
+    known = set(map(id, encoder.parameters()))
+    return [p for p in student.parameters() if id(p) not in known]
 
 
 class Muon(torch.optim.AdamW):

@@ -4,6 +4,7 @@ data.py describes the sources. Nothing is decoded here: lengths come from header
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ SHORTEST = 0.1  # seconds of an utterance
 AUDIO = {".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Utterance:
     path: str  # absolute
     seconds: float
@@ -63,9 +64,10 @@ def scan(source):
             if u.seconds < SHORTEST:
                 raise UserError(f"{u.path}: {u.seconds:.2f} s long, shorter than {SHORTEST} s")
             # Which of two texts would be right?
-            if place(u) in places:
+            its_place = place(u)
+            if its_place in places:
                 raise UserError(f"{u.path}: the same audio stands in {source} twice ({u.id})")
-            places.add(place(u))
+            places.add(its_place)
             utterances.append(with_unique_id(u, ids))
         except UserError as error:
             problems.append(str(error))
@@ -74,11 +76,17 @@ def scan(source):
 
 def place(utterance):
     """What two utterances of the same audio have in common, however their paths are written."""
-    folder, name = os.path.split(utterance.path)
-    segment = None
-    if utterance.offset is not None:
-        segment = (utterance.offset, utterance.seconds)
-    return real_folder(folder), name, segment
+    path = real_path(utterance.path)
+    if utterance.offset is None:
+        return path
+    return path, utterance.offset, utterance.seconds
+
+
+def real_path(path):
+    """The path without links to folders; mostly it is the same string, which then is no copy."""
+    folder, name = os.path.split(path)
+    real = os.path.join(real_folder(folder), name)
+    return path if path == real else real
 
 
 # A folder holds many files, and where its links lead is a question to the disk.
@@ -196,13 +204,16 @@ def read_row(entry, folder):
 
 def read_lines(path):
     """-> (number, line, problem or None) of the lines of a text file that are not empty"""
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        problem = None
-        try:
-            line = line.decode()
-        except UnicodeDecodeError:
-            line = line.decode(errors="replace")
-            problem = f"{shown(path)}:{number}: not UTF-8, save it as UTF-8"
-        line = line.lstrip("\ufeff")
-        if line.strip():
-            yield number, line, problem
+    with open(path, "rb") as file:
+        # A line may also end in "\r" alone.
+        lines = itertools.chain.from_iterable(map(bytes.splitlines, file))
+        for number, line in enumerate(lines, 1):
+            problem = None
+            try:
+                line = line.decode()
+            except UnicodeDecodeError:
+                line = line.decode(errors="replace")
+                problem = f"{shown(path)}:{number}: not UTF-8, save it as UTF-8"
+            line = line.lstrip("\ufeff")
+            if line.strip():
+                yield number, line, problem

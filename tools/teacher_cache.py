@@ -3,7 +3,7 @@
     caches, training, development = fill(folder, teachers, training, development, speeds, ...)
     embedding = caches[0](utterance, speed)      # (T, dim) float16, what teacher.embed gave
 
-A teacher is here any object with .spec, .layers, .dim, .embed and .fingerprint.
+A teacher is here any object with .spec, .layers, .dim, .fingerprint and embed().
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Cache:
             "layers": teacher.layers,
             "dim": teacher.dim,
             "transformers": transformers.__version__,
-            "fingerprint": teacher.fingerprint(),
+            "fingerprint": teacher.fingerprint,
         }
         self.files = None
         self.read()
@@ -131,8 +131,8 @@ class Cache:
             if not problems and (then - now).norm() > 0.05 * now.norm():
                 problems.append(
                     f"the embeddings of {self.header['teacher']} are not what those of "
-                    f"{old['teacher']} were (then transformers {old['transformers']}, now "
-                    f"{self.header['transformers']})"
+                    f"{old['teacher']} were (other weights, or transformers {old['transformers']} "
+                    f"and now {self.header['transformers']}; a module of your own must seed them)"
                 )
         except (ValueError, KeyError, TypeError):
             problems = ["its header is damaged"]

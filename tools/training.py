@@ -3,7 +3,7 @@
 Nothing here depends on the method. The loops stand in pretrain_kd.py and finetune_rnnt.py:
 
     run = Run(args)                                   # device, processes, run directory
-    with run.start(student, optimizer, about):        # new, or where it was interrupted
+    with run.start(student, optimizer, about, "frame"):  # new, or where it was interrupted
         for step, batches in run.steps(loader):       # --accumulate of them, of this process
             set_learning_rates(optimizer, run.progress)
             optimizer.zero_grad()
@@ -41,7 +41,15 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from tqdm import tqdm
 
 from model import load_checkpoint, save_checkpoint
-from tools.command_line import UserError, count, cure_of, positive_float, positive_int, share
+from tools.command_line import (
+    UserError,
+    count,
+    cure_of,
+    first_line,
+    positive_float,
+    positive_int,
+    share,
+)
 from tools.machine import all_gather, autocast, choose_device, start_processes
 
 WARM_UP = 0.1  # share of the updates in which the learning rate rises
@@ -304,15 +312,17 @@ class Run:
     # -------------------------------- start and end
 
     @contextlib.contextmanager
-    def start(self, student, optimizer, about, beside=None):
+    def start(self, student, optimizer, about, per, beside=None):
         """Begin, or go on with all that the interrupted run knew.
 
+        per: what a loss is counted by, "frame" or "utterance".
         about: what a checkpoint holds besides weights (config, tokenizer ...), in plain types.
         beside: a module that trains with the student and is not part of best.pt.
         """
         self.student = student
         self.optimizer = optimizer
         self.about = about
+        self.per = per
         self.beside = beside
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.averaged = copy.deepcopy(student).eval().requires_grad_(False)
@@ -358,11 +368,17 @@ class Run:
             )
 
     def resume(self):
-        self.student.load_state_dict(self.state["raw_model"])
-        self.averaged.load_state_dict(self.state["model"])
-        self.optimizer.load_state_dict(self.state["optimizer"])
-        if self.beside:
-            self.beside.load_state_dict(self.state["beside"])
+        try:
+            self.student.load_state_dict(self.state["raw_model"])
+            self.averaged.load_state_dict(self.state["model"])
+            self.optimizer.load_state_dict(self.state["optimizer"])
+            if self.beside:
+                self.beside.load_state_dict(self.state["beside"])
+        except (RuntimeError, ValueError) as error:  # the code has been edited
+            raise UserError(
+                f"{self.out} holds a run of another model ({first_line(error)[:100]}); choose "
+                f"another --out or add --overwrite"
+            )
         self.position |= self.state["position"]
         self.print(f"continuing {self.out} at step {self.position['step']}")
 
@@ -554,7 +570,10 @@ class Run:
         weight = 1 / (1 + 0.05 * self.position["step"])
         averages = self.averaged.state_dict().values()
         for average, value in zip(averages, self.student.state_dict().values()):
-            average.lerp_(value, weight)
+            if value.is_floating_point():
+                average.lerp_(value, weight)
+            else:
+                average.copy_(value)  # counters, such as BatchNorm has
 
     def log(self):
         """Every LOG_EVERY updates the means since the last time, on the bar and in the log."""
@@ -573,7 +592,7 @@ class Run:
         position["sums"] = {}
         speed = self.audio_seconds / (time.monotonic() - self.started)
         rate = self.optimizer.param_groups[0]["lr"]
-        text = f"loss {means['loss']:.3f}, lr {rate:.1e}, {speed:.0f} s of audio/s"
+        text = f"loss {means['loss']:.3f} per {self.per}, lr {rate:.1e}, {speed:.0f} s of audio/s"
         memory = {}
         if self.device.type == "cuda":
             memory["GiB"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
@@ -604,7 +623,7 @@ class Run:
         self.print(f"step {step}: {', '.join(texts)}")
         self.write_log(step=step, **results)
         score = results[name]
-        if score < self.position["best"] or not (self.out / "best.pt").exists():
+        if score <= self.position["best"] or not (self.out / "best.pt").exists():
             self.position["best"] = score if math.isfinite(score) else math.inf
             self.save("best.pt", model=self.averaged.state_dict(), results=results, step=step)
 
