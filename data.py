@@ -135,7 +135,7 @@ def add_source_options(parser):
         "--dev",
         nargs="+",
         metavar="SOURCE",
-        help="audio to evaluate on while training (default: one in twenty of the rest, at most 200)",
+        help="audio to evaluate on while training (default: one in twenty of --data, at most 200)",
     )
     group.add_argument(
         "--speeds",
@@ -163,28 +163,25 @@ def load_training_data(args, transcribed=False, quiet=False):
         if not transcribed and not unlabelled:
             unlabelled = [DEMO / "corpus/unlabelled"]
 
-    # To stage 1 all audio is the same.
-    untranscribed = []
+    training = load_sources(sources, transcribed)
+    more = load_sources(unlabelled)
     if transcribed:
-        training = load_sources(sources, transcribed=True)
-        untranscribed = [replace(u, text=None) for u in load_sources(unlabelled)]
-    else:
-        training = load_sources([*sources, *unlabelled])
+        more = [replace(u, text=None) for u in more]
     longest = min(LONGEST, args.batch_seconds) * min(args.speeds)
     limit = f"--batch-seconds {args.batch_seconds:g}"
     if args.batch_seconds > LONGEST:
         limit = f"training, at most {LONGEST:g} s"
     reason = f"too long for {limit} at the slowest of --speeds"
-    training, untranscribed = leave_out_long(longest, reason, training, untranscribed)
+    training, more = leave_out_long(longest, reason, training, more)
 
     if dev_sources:
         development = by_people(load_sources(dev_sources, transcribed))
     else:
-        development = one_in_twenty(by_people(training))
+        development = one_in_twenty(by_people(training or more))
     # Nothing that the student is evaluated on is trained on, and nothing is trained on twice.
     training = without(training, development)
-    if untranscribed:
-        training += without(untranscribed, [*training, *development])
+    if more:
+        training += without(more, [*training, *development])
     [development] = leave_out_long(LONGEST, "cut it up", development)
     if not training or not development:
         raise UserError(

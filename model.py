@@ -86,28 +86,26 @@ def valid_mask(lengths, size):
 
 
 class Subsampling(nn.Module):
-    """Two 3x3 convolutions of stride 2: 100 Hz -> 25 Hz, T = ceil(F / 2) // 2.
+    """One convolution over patches of 7 frames x 8 bins, stride 4 in time and in frequency.
 
-    The second one pads only on the right. That centres frame t on feature frame 4t + 2, the middle
-    of its 40 ms: the instant on which the teachers' embeddings of frame t are centred.
+    100 Hz -> 25 Hz, T = (F + 1) // 4. Frame t sees the feature frames 4t - 1 to 4t + 5 and is centred
+    on 4t + 2, the middle of its 40 ms: the instant on which the teachers' embeddings of frame t are
+    centred. Two 3x3 convolutions of stride 2 see the same frames, at five times the cost [ours].
     """
 
     def __init__(self, config):
         super().__init__()
-        channels = config.channels
-        self.conv1 = nn.Conv2d(1, channels, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=2, padding=(0, 1))
-        self.out = nn.Linear(channels * (config.feature_dim // 4), config.dim)
+        bands = config.feature_dim // 4
+        self.patches = nn.Conv2d(1, config.channels, (7, 8), stride=4, padding=(0, 2))
+        self.out = nn.Linear(config.channels * bands, config.dim)
 
     def forward(self, features, lengths):
         """features (B, F, 80), lengths (B,) -> (B, T, d), lengths (B,)"""
-        # What lies behind the end of an utterance must not leak in, so it is zero before each step.
+        # What lies behind the end of an utterance must not leak in.
         x = features * valid_mask(lengths, features.shape[1])[..., None]
-        x = F.relu(self.conv1(x[:, None]))  # (B, C, F/2, 40)
-        lengths = (lengths + 1) // 2
-        x = x * valid_mask(lengths, x.shape[2])[:, None, :, None]
-        x = F.relu(self.conv2(F.pad(x, (0, 0, 0, 1))))  # (B, C, T, 20)
-        return self.out(x.transpose(1, 2).flatten(2)), lengths // 2
+        x = F.pad(x, (0, 0, 1, 3))
+        x = F.relu(self.patches(x[:, None]))  # (B, C, T, 20)
+        return self.out(x.transpose(1, 2).flatten(2)), (lengths + 1) // 4
 
 
 def rotary(x, positions):
