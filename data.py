@@ -55,15 +55,12 @@ def load_utterances(source, transcribed=False, skipped=None):
     Raises UserError if nothing is left, unless there is a list `skipped`.
     """
     try:
-        utterances, problems = scan(source)
+        utterances, problems = scan(source, has_words if transcribed else None)
     except UserError as error:
         if skipped is None:
             raise
         utterances = []
         problems = [str(error)]
-    if transcribed:
-        problems += [f"{u.path}: no transcript" for u in utterances if not has_words(u)]
-        utterances = [u for u in utterances if has_words(u)]
     if skipped is not None:
         skipped += problems
     elif not utterances and len(problems) == 1:
@@ -200,18 +197,20 @@ def load_training_data(args, transcribed=False, quiet=False):
 
 
 def without(utterances, others):
-    """Those whose audio is not among `others`, neither whole nor a segment of it
-
-    Two segments of one file may both stay, if they are not the same.
-    """
-    places = set(map(place, others))
-    files = {real_path(u.path) for u in others}
-    whole_files = {real_path(u.path) for u in others if u.offset is None}
+    """Those that share no audio with `others`: two segments of one file may, if they do not overlap"""
+    taken = {}  # file: [(begin, end), ...] in seconds
+    for u in others:
+        begin = u.offset or 0.0
+        taken.setdefault(real_path(u.path), []).append((begin, begin + u.seconds))
     kept = []
     for u in utterances:
-        file = real_path(u.path)
-        is_known = place(u) in places or file in whole_files
-        if not is_known and not (u.offset is None and file in files):
+        begin = u.offset or 0.0
+        end = begin + u.seconds
+        overlaps = False
+        for other_begin, other_end in taken.get(real_path(u.path), ()):
+            # Manifests are rounded.
+            overlaps |= min(end, other_end) - max(begin, other_begin) > 0.01
+        if not overlaps:
             kept.append(u)
     return kept
 
@@ -562,6 +561,8 @@ class Loader:
         labels = []
         if self.tokenizer:
             labels = self.tokenizer.encode(normalise(u.text or "")).ids
+        if len(features) < 3:
+            raise UserError(f"{u.path}: too short, nothing is left of it")
         # CTC needs a frame of the student (4 of log-mel) for every label, and one between equals.
         repeated = sum(a == b for a, b in zip(labels, labels[1:]))
         if len(labels) + repeated > len(features) // 4:

@@ -391,7 +391,7 @@ def main(argv=None):
                         )
                         loss = loss + args.kd_weight * parts["kd"]
                     if decoder:
-                        middle = [layers[k - 1] for k in args.inter_layers]
+                        middle = [layers[k - 1] for k in set(args.inter_layers)]
                         ctcs = [model.ctc_loss(student.ctc(layer), *labelled) for layer in middle]
                         soft = [soft_labels.get(u.text) for u in batch.utterances]
                         parts["ctc of layers"] = (batch.weights * sum(ctcs)).sum() / len(ctcs)

@@ -725,7 +725,8 @@ def load_checkpoint(path):
     try:
         check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version = dict(checkpoint)["format"]
+        checkpoint = dict(checkpoint)
+        version = checkpoint["format"]
     except Exception as error:  # a damaged file may lead the readers anywhere
         raise UserError(
             f"{path} is not a checkpoint of ours or is damaged ({type(error).__name__}); delete it "
@@ -767,7 +768,7 @@ def load_student(checkpoint, **changes):
             is_new = bool(changes) and name != "encoder" and not weights
             if part.state_dict() and not is_new:
                 part.load_state_dict(weights)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         path = checkpoint.get("path", "the checkpoint")
         raise UserError(
             f"{path} does not hold the student that it describes "

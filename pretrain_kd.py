@@ -496,7 +496,8 @@ def main(argv=None):
                         losses.append(model.l1_loss(head(hidden).float(), target, lengths))
                     loss = sum(weight * l1 for weight, l1 in zip(head_weights, losses))
                 loss.backward()
-                run.add(batch, count=lengths.sum(), loss=loss, **dict(zip(head_names, losses)))
+                parts = {f"L1 {name}": l1 for name, l1 in zip(head_names, losses)}
+                run.add(batch, count=lengths.sum(), loss=loss, **parts)
             if run.sum_gradients():
                 optimizer.step()
             run.average_weights()

@@ -154,7 +154,7 @@ def name_of(recording):
     path = os.path.abspath(recording.path)
     if recording.offset is None:
         return path
-    return f"{path}@{recording.offset:g}+{recording.seconds:g}"
+    return f"{path}@{recording.offset!r}+{recording.seconds!r}"
 
 
 def label_recording(recording, teacher, validator, alpha, weight):
@@ -325,6 +325,8 @@ def parse(argv):
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
+    if args.teacher == args.validator:
+        raise UserError("--validator must be another model than --teacher, or it agrees with all")
     device, _, reason = choose_device(args.device)
     print(reason)
     unreadable = []

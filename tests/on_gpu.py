@@ -212,7 +212,8 @@ def stages(args):
         if name == "interrupted":
             process = start(finetune_rnnt.main, arguments, log)
             # The log begins with the first update.
-            while process.is_alive() and not (run / "log.jsonl").exists():
+            log_file = run / "log.jsonl"
+            while process.is_alive() and not (log_file.exists() and log_file.stat().st_size):
                 time.sleep(0.01)
             process.terminate()
             process.join()

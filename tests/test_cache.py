@@ -370,7 +370,7 @@ def test_a_run_from_the_cache_equals_one_without(arguments, cached, tmp_path):
         assert live.keys() == row.keys()
         for key in live.keys() - {"audio_per_second"}:
             assert live[key] == pytest.approx(row[key], rel=0.02), key
-        for loss, prefix in (("loss", ""), ("dev L1", "dev L1 ")):
+        for loss, prefix in (("loss", "L1 "), ("dev L1", "dev L1 ")):
             if loss in row:
                 parts = [row[prefix + name] for name in ("hubert:1", "hubert", "moonshine")]
                 assert row[loss] == pytest.approx(np.dot(parts, [0.5, 0.5, 2]), rel=1e-4)
@@ -403,7 +403,7 @@ def test_one_head_for_all_and_no_audio_as_it_is(arguments, tmp_path):
     assert pretrain(arguments, tmp_path / "out", *more) == 0
     best = torch.load(tmp_path / "out/best.pt", weights_only=True)
     rows = log(tmp_path / "out")
-    assert best["config"]["head_dims"] == (32,) and "random" in rows[0]
+    assert best["config"]["head_dims"] == (32,) and "L1 random" in rows[0]
     assert 0 < rows[-1]["dev L1 hubert:1"] < 2
 
 
@@ -476,3 +476,21 @@ def test_a_real_teacher_of_the_lab(loud_lab, tmp_path):
     assert teacher.clocks[0].hop == 384 and teacher.dim == 2 * 288
     utterances = data.load_utterances(loud_lab / "LibriSpeech/dev-clean-part/84")[:2]
     check(filled(tmp_path, [teacher], (utterances, [])), [teacher], (utterances, []))
+
+
+def test_a_name_that_begins_like_another_is_another_cache(tmp_path, audio):
+    """whisper-tiny and whisper-tiny.en in one folder"""
+    for name, factor in (("whisper-tiny.en", 1.0), ("whisper-tiny", 2.0)):
+        teacher = FakeTeacher(factor=factor)
+        cache = Cache(tmp_path, teacher, name)
+        cache.open()
+        embeddings, lengths = teacher.embed([data.load_audio(audio[0][0].path)])
+        cache.append([audio[0][0]], 1.0, embeddings, lengths)
+        cache.close()
+    a = Cache(tmp_path, FakeTeacher(factor=1.0), "whisper-tiny.en")(audio[0][0], 1.0)
+    b = Cache(tmp_path, FakeTeacher(factor=2.0), "whisper-tiny")(audio[0][0], 1.0)
+    assert torch.equal(2 * a, b)
+    index = tmp_path / "whisper-tiny.0.jsonl"
+    index.write_text(index.read_text().replace('"frames"', '"frmes"'))
+    with pytest.raises(UserError, match="whisper-tiny.0.jsonl is damaged; delete"):
+        Cache(tmp_path, FakeTeacher(factor=2.0), "whisper-tiny")

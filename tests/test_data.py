@@ -769,3 +769,43 @@ def test_segments_of_a_development_file_are_not_trained_on(tmp_path):
     other = data.Utterance("/a/y.flac", 5.0, "Y", "y")
     assert data.without([first, second, other], [whole]) == [other]
     assert data.without([whole, first, second, other], [first]) == [second, other]
+
+
+def write_rows(path, *rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_segments_that_overlap_development_audio_are_not_trained_on():
+    dev = [data.Utterance("/a/x.flac", 3.0, "X", "x", offset=0.0)]
+    near = data.Utterance("/a/x.flac", 3.0, "X", "x-1", offset=0.5)
+    behind = data.Utterance("/a/x.flac", 3.0, "X", "x-2", offset=2.995)
+    assert data.without([near, behind], dev) == [behind]
+
+
+def test_a_segment_at_the_very_end_of_its_file_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.ones(64_000), 16_000)
+    with pytest.raises(UserError, match="no room for a segment"):
+        data.load_audio(tmp_path / "a.wav", 3.95, 0.1)
+    soundfile.write(tmp_path / "b.wav", 0.1 * np.ones(320), 16_000)
+    with pytest.raises(UserError, match="shorter than 0.1 s"):
+        data.load_audio(tmp_path / "b.wav", None, 0.11)
+
+
+def test_a_transcribed_row_is_kept_beside_one_of_the_same_audio_without_text(tmp_path):
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.ones(16_000), 16_000)
+    rows = [{"audio_filepath": "a.wav"}, {"audio_filepath": "a.wav", "text": "HELLO"}]
+    manifest = write_rows(tmp_path / "m.jsonl", *rows)
+    [u] = data.load_utterances(manifest, transcribed=True, skipped=[])
+    assert u.text == "HELLO"
+
+
+@pytest.mark.parametrize(
+    "row", [{"offset": "7"}, {"end": 10**400}, {"weight": True}, {"duration": []}]
+)
+def test_numbers_of_a_manifest_that_are_none_are_named(row, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.ones(16_000), 16_000)
+    good = {"audio_filepath": "a.wav", "id": "good"}
+    manifest = write_rows(tmp_path / "m.jsonl", {"audio_filepath": "a.wav", **row}, good)
+    assert [u.id for u in data.load_utterances(manifest)] == ["good"]
+    assert "m.jsonl:1: " in capsys.readouterr().err

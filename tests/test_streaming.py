@@ -153,7 +153,7 @@ def greedy(student, pieces):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 16, 40])
 def test_a_stream_equals_the_masked_pass(chunk):
     """Features too are computed as the audio comes; all lengths round the ends of a chunk."""
-    student = make_confident(make_student(chunk=16))
+    student = make_confident(make_student(seed=3, chunk=16))
     lengths = [320, 479, 641, 60_001]
     for chunks in (1, 2):
         for more in (-FRAME, -1, 0, 1, 319, 320, 359, 360, 361):
@@ -299,7 +299,7 @@ def by_heart(demo_utterances, tmp_path_factory):
     three = sorted(demo_utterances, key=lambda u: u.seconds)[20:23]
     tokenizer = data.train_tokenizer([u.text for u in three] * 50, 64)
     [batch] = data.Loader(three, 60, tokenizer=tokenizer).epoch()
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     config = Config(
         dim=48,
         layers=2,

@@ -17,6 +17,7 @@ from tools.command_line import UserError
 
 SAMPLE_RATE = 16_000  # Hz, of all audio once it is read
 BLOCK = 30  # seconds of audio that are read at once
+SHORTEST = 0.1  # seconds of an utterance
 
 
 def shown(path):
@@ -161,9 +162,11 @@ def segment_frames(path, length, rate, offset, seconds):
                 f"{path}: {length:.2f} s long, but {seconds:.2f} s in its manifest (a segment "
                 f"needs an offset) or when it was listed"
             )
+        if seconds is not None and length < SHORTEST:
+            raise UserError(f"{path}: {length:.2f} s long, shorter than {SHORTEST} s")
         return 0, round(length * rate)
     end = length if seconds is None else offset + seconds
-    if offset >= length or end > length + tolerance:
+    if offset > length - SHORTEST or end > length + tolerance:
         raise UserError(
             f"{path}: {length:.2f} s long, which is no room for a segment from {offset:.2f} to "
             f"{end:.2f} s"

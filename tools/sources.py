@@ -13,10 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tools.audio_files import file_seconds, shown
+from tools.audio_files import SHORTEST, file_seconds, shown
 from tools.command_line import UserError
 
-SHORTEST = 0.1  # seconds of an utterance
 AUDIO = {".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"}
 
 
@@ -30,9 +29,10 @@ class Utterance:
     offset: float | None = None  # seconds; None: the whole file, no segment of it
 
 
-def scan(source):
+def scan(source, has_words=None):
     """-> (list of Utterance, list of problems, one line each)
 
+    has_words: function of an Utterance; those for which it is False are problems.
     Raises UserError if the source does not exist or holds nothing.
     """
     path = Path(source).expanduser().absolute()
@@ -61,6 +61,8 @@ def scan(source):
         try:
             if not u.seconds:
                 u = replace(u, seconds=file_seconds(u.path) - (u.offset or 0.0))
+            if has_words and not has_words(u):
+                raise UserError(f"{u.path}: no transcript")
             if u.seconds < SHORTEST:
                 raise UserError(f"{u.path}: {u.seconds:.2f} s long, shorter than {SHORTEST} s")
             # Which of two texts would be right?
@@ -168,7 +170,14 @@ def read_manifest(path):
             # Pseudo-labels that were judged bad stay in their manifest, with the reason.
             if entry.get("keep") is not False:
                 rows.append(read_row(entry, folder))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             expected = '{"audio_filepath": ..., "text": ...}'
             reason = f"{type(error).__name__}: {error}"
             problems.append(f"{shown(path)}:{number}: expected {expected} ({reason})")
@@ -185,21 +194,31 @@ def read_row(entry, folder):
     # JSON can spell halves of characters that no file can hold.
     f"{id}{path}{text}".encode()
 
-    weight = entry.get("weight", 1.0)
+    weight = number_in(entry, "weight", 1.0)
     if not 0 < weight < math.inf:
         raise ValueError(f"weight must be above 0, found {weight}")
 
     # A segment is named by its offset and duration (NeMo), or by its start and end.
-    offset = entry.get("offset", entry.get("start"))
-    seconds = entry.get("duration")
-    if "end" in entry:
+    offset = number_in(entry, "offset", number_in(entry, "start"))
+    seconds = number_in(entry, "duration")
+    end = number_in(entry, "end")
+    if end is not None:
         offset = offset or 0.0
-        seconds = entry["end"] - offset
+        seconds = end - offset
     if offset is not None and not 0 <= offset < math.inf:
         raise ValueError(f"offset must not be negative, found {offset}")
     if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f"duration must be above 0, found {seconds}")
     return Utterance(path, seconds or 0.0, text, id, weight, offset)
+
+
+def number_in(entry, key, default=None):
+    value = entry.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{key} must be a number, found {value!r}")
+    return float(value)
 
 
 def read_lines(path):

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import sys
-from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +87,11 @@ class Cache:
         """Read the index of every process."""
         self.rows = {}
         self.ends = (0, 0)  # bytes of this process's index and embeddings that are complete
-        for index_path in sorted(self.folder.glob(f"{escape(self.name)}.*.jsonl")):
+        # Not those of a teacher whose name only begins like this one's.
+        own = re.compile(re.escape(self.name) + r"\.\d+\.jsonl")
+        for index_path in sorted(self.folder.glob("*.jsonl")):
+            if not own.fullmatch(index_path.name):
+                continue
             ends = self._read_index(index_path)
             if index_path == self.index_path:
                 self.ends = ends
@@ -107,13 +110,20 @@ class Cache:
         start = 0
         end = len(lines[0]) + 1
         for line in lines[1:]:
-            row = json.loads(line)
-            if start + row["frames"] > frames_there:
+            try:
+                row = json.loads(line)
+                key = (row["audio"], row["offset"])
+                frames = row["frames"]
+                place = (embeddings_path, start, frames, row["seconds"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"--cache: {index_path} is damaged; delete {index_path.with_suffix('')}.* or "
+                    f"choose another --cache"
+                )
+            if start + frames > frames_there:
                 break
-            key = (row["audio"], row["offset"])
-            place = (embeddings_path, start, row["frames"], row["seconds"])
             self.rows[key, row["speed"]] = place
-            start += row["frames"]
+            start += frames
             end += len(line) + 1
         return end, 2 * self.dim * start
 

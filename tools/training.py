@@ -58,9 +58,8 @@ LOG_EVERY = 20  # updates
 SAVE_EVERY = 300  # seconds
 PATIENCE = 10  # updates in a row that may go wrong
 
-# These options decide where and how fast a run computes, not what it learns (but for the float16 of
-# a cache): it may go on with others.
-FREE_OPTIONS = {"device", "workers", "out", "overwrite", "cache", "probe"}
+# These options decide where and how fast a run computes, not what it learns: it may go on with others.
+FREE_OPTIONS = {"device", "workers", "out", "overwrite", "probe"}
 
 
 def add_training_options(parser, out, steps, dropout, spec_augment):
@@ -191,7 +190,9 @@ class Run:
         self.settings = {}
         for name, value in vars(args).items():
             if name not in FREE_OPTIONS:
-                text = "the default" if value is None else str(value)
+                text = "not given" if value is None else str(value)
+                if isinstance(value, Path):
+                    text = "given"  # where a cache lies may change
                 if isinstance(value, list):
                     text = " ".join(map(str, value))
                 self.settings[f"--{name.replace('_', '-')}"] = text
@@ -398,6 +399,8 @@ class Run:
         """Print how it went -> exit code: 0, or that of the signal which stopped the run"""
         position = self.position
         if self.stop_signal:
+            # The first process may still be saving: torchrun would end it with the first that leaves.
+            all_gather(None)
             self.print(
                 f"stopped by signal {self.stop_signal} at step {position['step']}; the same "
                 f"command goes on from here"
@@ -439,7 +442,9 @@ class Run:
 
         # The rehearsal, beside the room that the optimizer will take.
         self.rehearsing = True
-        room = [torch.empty_like(p) for p in self.parameters for _ in range(2)]
+        room = []
+        if not self.optimizer.state:
+            room = [torch.empty_like(p) for p in self.parameters for _ in range(2)]
         yield 0, self.rehearsal_batches(loader)
         del room
         self.optimizer.zero_grad()
