@@ -126,12 +126,29 @@ def benchmark_loss(args):
 # ---------------------------------------- train
 
 
-class TorchaudioEncoder(torch.nn.Module):
-    """torchaudio's Conformer with the sizes of a Config, behind our subsampling."""
+class TwoConvolutions(torch.nn.Module):
+    """What most Conformers begin with: two 3x3 convolutions of stride 2."""
 
     def __init__(self, config):
         super().__init__()
-        self.subsampling = model.Subsampling(config)
+        channels = config.channels
+        self.conv1 = torch.nn.Conv2d(1, channels, 3, stride=2, padding=1)
+        self.conv2 = torch.nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.out = torch.nn.Linear(channels * (config.feature_dim // 4), config.dim)
+
+    def forward(self, features, lengths):
+        x = self.conv1(features[:, None]).relu()
+        x = self.conv2(x).relu()
+        lengths = ((lengths + 1) // 2 + 1) // 2
+        return self.out(x.transpose(1, 2).flatten(2)), lengths
+
+
+class TorchaudioEncoder(torch.nn.Module):
+    """torchaudio's Conformer with the sizes of a Config, behind two convolutions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.subsampling = TwoConvolutions(config)
         self.conformer = torchaudio.models.Conformer(
             config.dim,
             config.attention_heads,
