@@ -197,7 +197,7 @@ def load_training_data(args, transcribed=False, quiet=False):
 
 
 def without(utterances, others):
-    """Those that share no audio with `others`: two segments of one file may, if they do not overlap"""
+    """Those that share no audio with `others`; segments of one file that do not overlap may stay"""
     taken = {}  # file: [(begin, end), ...] in seconds
     for u in others:
         begin = u.offset or 0.0

@@ -96,8 +96,8 @@ def parse(argv):
         "--encoder-lr",
         type=positive_float,
         metavar="LR",
-        help="peak learning rate of the encoder (default 5e-4; with --init none 3e-3; of a finished "
-        "recogniser 2e-4)",
+        help="peak learning rate of the encoder (default 5e-4; with --init none 3e-3; of a "
+        "finished recogniser 2e-4)",
     )
     group = parser.add_argument_group(
         "one-best path distillation",

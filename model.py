@@ -88,9 +88,9 @@ def valid_mask(lengths, size):
 class Subsampling(nn.Module):
     """One convolution over patches of 7 frames x 8 bins, stride 4 in time and in frequency.
 
-    100 Hz -> 25 Hz, T = (F + 1) // 4. Frame t sees the feature frames 4t - 1 to 4t + 5 and is centred
-    on 4t + 2, the middle of its 40 ms: the instant on which the teachers' embeddings of frame t are
-    centred. Two 3x3 convolutions of stride 2 see the same frames, at five times the cost [ours].
+    100 Hz -> 25 Hz, T = (F + 1) // 4. Frame t sees the feature frames 4t - 1 to 4t + 5 and is
+    centred on 4t + 2, the middle of its 40 ms: the instant on which the teachers' embeddings of
+    frame t are centred. Two 3x3 convolutions of stride 2 see the same frames, at five times the cost [ours].
     """
 
     def __init__(self, config):
@@ -556,7 +556,7 @@ class TransducerLoss(torch.autograd.Function):
 
 
 def read_arcs(logits, labels, blank):
-    """logits (t, u, V), the label after each node (u,) -> log-probabilities of its arcs (t, u, 2)"""
+    """logits (t, u, V), the label after each node (u,) -> log-probabilities of arcs (t, u, 2)"""
     blanks = torch.full_like(labels, blank)
     arcs = torch.stack([blanks, labels], dim=-1).expand(*logits.shape[:2], 2)
     log_probs = logits.log_softmax(-1, dtype=torch.float32).gather(-1, arcs)

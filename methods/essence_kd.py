@@ -56,7 +56,7 @@ def load_transducers(folders, device):
 
 @torch.no_grad()
 def distil_path(transducers, batch, temperature=1.0, top_k=None):
-    """-> (the batch, with the first teacher's transcripts where it has none; the teachers' OneBestPath)
+    """-> (the batch, with the first teacher's transcripts where it has none; their OneBestPath)
 
     The teachers encode the audio without SpecAugment.
     """

@@ -150,7 +150,7 @@ def judge(teacher, validator, alpha=0.4):
 
 
 def name_of(recording):
-    """What the rows of a recording have in common: its path, and which segment of the file it is."""
+    """What the rows of a recording have in common: its path, and which segment of the file."""
     path = os.path.abspath(recording.path)
     if recording.offset is None:
         return path

@@ -1,13 +1,13 @@
 """What the scripts need of the machine: a device, its precision, and the processes of torchrun.
 
-Two machines of eight GPUs: the same line on both, HOST1 being the first, --out and --cache on a disk
-that they share (untried by us):
+Two machines of eight GPUs: the same line on both, HOST1 being the first, --out and --cache on a
+disk that they share (untried by us):
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --nproc_per_node 8 --max-restarts 3 \\
         --rdzv_id 1 --rdzv_backend c10d --rdzv_endpoint HOST1:29500 finetune_rnnt.py ...
 
-Slurm: that line behind `srun` with `--ntasks-per-node 1`, `#SBATCH --signal=TERM@120 --requeue`, and for
-HOST1 `$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)`.
+Slurm: that line behind `srun` with `--ntasks-per-node 1`, `#SBATCH --signal=TERM@120 --requeue`,
+and for HOST1 `$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)`.
 """
 
 import contextlib

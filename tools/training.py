@@ -58,7 +58,8 @@ LOG_EVERY = 20  # updates
 SAVE_EVERY = 300  # seconds
 PATIENCE = 10  # updates in a row that may go wrong
 
-# These options decide where and how fast a run computes, not what it learns: it may go on with others.
+# These options decide where and how fast a run computes, not what it learns: it may go on with
+# others.
 FREE_OPTIONS = {"device", "workers", "out", "overwrite", "probe"}
 
 
@@ -399,7 +400,7 @@ class Run:
         """Print how it went -> exit code: 0, or that of the signal which stopped the run"""
         position = self.position
         if self.stop_signal:
-            # The first process may still be saving: torchrun would end it with the first that leaves.
+            # The first process may still be saving, and torchrun ends it when another has left.
             all_gather(None)
             self.print(
                 f"stopped by signal {self.stop_signal} at step {position['step']}; the same "
