@@ -61,7 +61,8 @@ def test_a_picture_of_runs_of_both_stages(runs, suffix, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(out)
 
 
-def test_mistakes_are_one_line_before_anything_else(runs, tmp_path, capsys, monkeypatch):
+def test_mistakes_are_one_line_before_anything_else(runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "log.jsonl").touch()
@@ -74,6 +75,9 @@ def test_mistakes_are_one_line_before_anything_else(runs, tmp_path, capsys, monk
         assert plot.main(argv) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_a_missing_matplotlib_is_one_line(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     assert plot.main(["no-such-run"]) == 2
