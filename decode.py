@@ -11,6 +11,8 @@ Both sides of a score are normalised alike (Unicode NFKC, upper case, no punctua
 apostrophe); words are words, CJK characters count one by one (MER).
 """
 
+from tools import quiet_start  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
 import functools
 import itertools
 import json

@@ -14,6 +14,8 @@
 On the demo expect a test WER of 32 to 40 %, from scratch of about 90 % (RESULTS.md).
 """
 
+from tools import quiet_start  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
 import statistics
 import sys
 from dataclasses import replace

@@ -16,6 +16,8 @@ No transcripts are needed. On the demo expect an L1 of about 0.37 and 0.35 on vo
 0.8 is what predicting the mean would score (RESULTS.md).
 """
 
+from tools import quiet_start  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
 import itertools
 import math
 import sys

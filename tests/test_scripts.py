@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -647,6 +648,20 @@ def test_each_script_has_a_help(script):
     command = [sys.executable, *script.split(), "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+
+
+@pytest.mark.parametrize("script", ["pretrain_kd.py", "finetune_rnnt.py", "decode.py"])
+def test_ctrl_c_while_libraries_load_is_no_traceback(script):
+    process = subprocess.Popen([sys.executable, script], cwd=ROOT, stderr=subprocess.PIPE)
+    # As soon as the handler is there: bit 2 of the mask of caught signals.
+    status = Path(f"/proc/{process.pid}/status")
+    caught = "SigCgt:\t0"
+    while process.poll() is None and not int(caught.split()[1], 16) & 2:
+        [caught] = [line for line in status.read_text().splitlines() if line.startswith("SigCgt")]
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1].decode()
+    assert process.returncode == 130 and error == "interrupted\n", error
 
 
 def test_imports_run_one_way():

@@ -7,7 +7,9 @@ import argparse
 import functools
 import math
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch.distributed
@@ -49,6 +51,8 @@ def one_line_errors(main):
     @functools.wraps(main)
     def wrapper(argv=None):
         script = Path(sys.modules[main.__module__].__file__).name
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # see quiet_start.py
         try:
             code = main(argv) or 0
         except KeyboardInterrupt:
