@@ -33,9 +33,7 @@ class Config:
     layers: int = 4
     attention_heads: int = 4
     kernel: int = 31  # of the depthwise convolution, encoder frames
-    chunk: int = (
-        0  # encoder frames that a streaming student encodes at once; 0: the whole utterance
-    )
+    chunk: int = 0  # encoder frames that a streaming student encodes at once; 0: all
     left: int = 64  # encoder frames before its chunk that attention sees
     expansion: int = 4  # width of the feed-forward layers / dim
     channels: int = 64  # of the convolutional subsampling
@@ -85,12 +83,18 @@ def valid_mask(lengths, size):
 # ---------------------------------------- Conformer (arXiv 2005.08100)
 
 
+def encoder_frames(feature_frames):
+    """F, a number or a tensor -> T: three frames of log-mel make one of the encoder, two make none"""
+    return (feature_frames + 1) // 4
+
+
 class Subsampling(nn.Module):
     """One convolution over patches of 7 frames x 8 bins, stride 4 in time and in frequency.
 
-    100 Hz -> 25 Hz, T = (F + 1) // 4. Frame t sees the feature frames 4t - 1 to 4t + 5 and is
+    100 Hz -> 25 Hz. Frame t sees the feature frames 4t - 1 to 4t + 5 and is
     centred on 4t + 2, the middle of its 40 ms: the instant on which the teachers' embeddings of
-    frame t are centred. Two 3x3 convolutions of stride 2 see the same frames, at five times the cost [ours].
+    frame t are centred. Two 3x3 convolutions of stride 2 see the same frames, at five times the
+    cost. [ours]
     """
 
     def __init__(self, config):
@@ -105,7 +109,7 @@ class Subsampling(nn.Module):
         x = features * valid_mask(lengths, features.shape[1])[..., None]
         x = F.pad(x, (0, 0, 1, 3))
         x = F.relu(self.patches(x[:, None]))  # (B, C, T, 20)
-        return self.out(x.transpose(1, 2).flatten(2)), (lengths + 1) // 4
+        return self.out(x.transpose(1, 2).flatten(2)), encoder_frames(lengths)
 
 
 def rotary(x, positions):

@@ -315,6 +315,13 @@ def parse(argv):
 # ---------------------------------------- training
 
 
+def new_optimizer(student, lr):
+    """Muon takes the blocks' matrices; AdamW the biases, the norms, the input layers and the heads."""
+    matrices, others = split_matrices(student.encoder)
+    others += parameters_outside(student, student.encoder)
+    return Muon([{"params": others}, {"params": matrices, "muon": True}], lr)
+
+
 def load_teachers(args, device, print_line):
     """-> (teachers, a weight for each of their targets)"""
     teachers = []
@@ -366,8 +373,8 @@ def measure_statistics(teachers, train_set, caches, args):
         embedded = []
         for batch in batches:
             if batch.embeddings:
-                # As many frames of each utterance as the student has, see model.Subsampling.
-                embedded.append((batch.embeddings[k], (batch.feature_lengths + 1) // 4))
+                frames = model.encoder_frames(batch.feature_lengths)
+                embedded.append((batch.embeddings[k], frames))
             else:
                 embedded.append(teacher.embed(batch.waveforms))
         teacher.measure_statistics(embedded)
@@ -475,10 +482,7 @@ def main(argv=None):
         f"student {args.size}: {student.parameter_count / 1e6:.1f} M parameters, projection heads "
         f"{', '.join(heads)}, {config.describes_input()}"
     )
-    # Muon takes the blocks' matrices; AdamW the biases, the norms, the input layers and the heads.
-    matrices, others = split_matrices(student.encoder)
-    others += parameters_outside(student, student.encoder)
-    optimizer = Muon([{"params": others}, {"params": matrices, "muon": True}], args.lr)
+    optimizer = new_optimizer(student, args.lr)
 
     # ---- the loop: the student's frames, through a head each, approach the teachers' embeddings
     states = [teacher.state() for teacher in teachers]

@@ -54,7 +54,6 @@ from data import DEMO, SAMPLE_RATE
 from tools.beam_search import BeamTransducer
 from tools.command_line import Parser, first_line, one_line_errors, positive_float
 from tools.machine import autocast, choose_device
-from tools.muon import Muon, parameters_outside, split_matrices
 from tools.stream import encode_chunks
 
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # FLOP/s, dense bfloat16
@@ -380,13 +379,6 @@ def random_batch(args, device):
     return batch.to(device)
 
 
-def new_optimizer(student):
-    """That of both stages, with one learning rate"""
-    matrices, others = split_matrices(student.encoder)
-    others += parameters_outside(student, student.encoder)
-    return Muon([{"params": others}, {"params": matrices, "muon": True}], 1e-3)
-
-
 def stage1_step(student, batch, device, dtype, teachers=()):
     """Forward and backward of stage 1, without teachers towards random numbers."""
     from tools import benchmark
@@ -397,7 +389,7 @@ def stage1_step(student, batch, device, dtype, teachers=()):
         else:
             B, frames, _ = batch.features.shape
             width = student.heads[0].out_features
-            targets = [torch.randn(B, (frames + 1) // 4, width, device=device)]
+            targets = [torch.randn(B, model.encoder_frames(frames), width, device=device)]
         benchmark.stage1_step(student, batch, targets)
 
 
@@ -442,7 +434,7 @@ def training_steps(args):
             else:
                 student = model.Student(replace(model.PRESETS[size], vocab_size=256)).to(device)
                 step = partial(stage2_step, student, batch, device, dtype)
-            ways = {"step": step, "optimizer": new_optimizer(student).step}
+            ways = {"step": step, "optimizer": pretrain_kd.new_optimizer(student, 1e-3).step}
             seconds = benchmark.medians(ways, 1 if args.quick else 5)
             note = f"s of audio per s (the optimizer {1000 * seconds['optimizer']:.0f} ms), "
             note += utilisation(step, seconds["step"], device)
@@ -476,7 +468,7 @@ def teacher_forward(args):
     batch = random_batch(args, device)
     size = "nano" if args.quick else "small"
     student = model.Student(replace(model.PRESETS[size], head_dims=tuple(teacher.widths)))
-    optimizer = new_optimizer(student.to(device))
+    optimizer = pretrain_kd.new_optimizer(student.to(device), 1e-3)
     options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
     ways = {
         "the teacher": partial(teacher.embed, batch.waveforms),
@@ -506,7 +498,7 @@ def waiting_for_data(args):
     device, dtype, _ = choose_device(args.device)
     size, batch_seconds, steps = ("nano", 6, 2) if args.quick else ("small", 100, 40)
     student = model.Student(replace(model.PRESETS[size], head_dims=(1024,))).to(device)
-    optimizer = new_optimizer(student)
+    optimizer = pretrain_kd.new_optimizer(student, 1e-3)
     source = DEMO / ("corpus/dev/145" if args.quick else "corpus/unlabelled")
     utterances = data.load_utterances(args.audio or source)
     speeds = (0.9, 1.0, 1.1)

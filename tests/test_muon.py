@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import Config, Student
+from tools import muon
 from tools.muon import Muon, orthogonalise, parameters_outside, split_matrices
 
 DECAY = 1e-2
@@ -40,8 +41,9 @@ def our_optimizer(student):
     return Muon(groups, 1e-2)
 
 
-def test_one_optimizer_is_torchs_muon_and_torchs_adamw():
+def test_one_optimizer_is_torchs_muon_and_torchs_adamw(monkeypatch):
     """Ten updates, saved and loaded in the middle; the encoder frozen at first, as in stage 2."""
+    monkeypatch.setattr(muon, "EVERY", 1)
     torch.manual_seed(0)
     ours = Student(Config(dim=32, layers=2, kernel=7, channels=8, vocab_size=20))
     theirs = copy.deepcopy(ours)
@@ -75,3 +77,28 @@ def test_one_optimizer_is_torchs_muon_and_torchs_adamw():
         # torch's Muon computes in bfloat16 on every machine, ours where that is fast.
         tolerance = 0.06 if name in matrices else 1e-4
         assert (p - q).norm() < tolerance * (p - before).norm(), name
+
+
+def test_matrices_take_turns_and_arrive_at_the_same_place(monkeypatch):
+    """With a gradient that does not change, one long step is as good as EVERY short ones."""
+    torch.manual_seed(0)
+    start = torch.randn(8, 8, 16)
+    gradients = torch.randn(8, 8, 16)
+    ends = {}
+    moves = {}
+    for every in (1, 4):
+        monkeypatch.setattr(muon, "EVERY", every)
+        matrices = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+        optimizer = Muon([{"params": matrices, "muon": True}], 1e-3)
+        moves[every] = 0
+        for _ in range(16):
+            before = torch.stack([p.detach().clone() for p in matrices])
+            for p, gradient in zip(matrices, gradients):
+                p.grad = gradient.clone()
+            optimizer.step()
+            after = torch.stack([p.detach() for p in matrices])
+            moves[every] += (after != before).any(-1).any(-1).int()
+        ends[every] = after
+    assert (moves[1] == 16).all() and (moves[4] == 4).all()
+    way = (ends[1] - start).norm()
+    assert (ends[4] - ends[1]).norm() < 0.01 * way and way > 0.1

@@ -28,7 +28,6 @@ from tools import teacher_cache
 from tools.beam_search import BeamTransducer
 from tools.command_line import Parser, one_line_errors, positive_float, positive_int
 from tools.machine import autocast, choose_device, fast_dtype
-from tools.muon import Muon, parameters_outside, split_matrices
 
 DEVICE, DTYPE, ABOUT_DEVICE = choose_device()
 TEACHERS = [str(data.DEMO / "teachers" / name) for name in ("hubert", "whisper")]
@@ -162,17 +161,10 @@ class TorchaudioEncoder(torch.nn.Module):
         return self.conformer(*self.subsampling(features, lengths))
 
 
-def demo_batch(batch_seconds, **options):
-    """-> (a Loader of the demo's unlabelled audio, the indices of a batch of it)"""
-    utterances = data.load_utterances(data.DEMO / "corpus/unlabelled")
+def demo_batch(utterances, batch_seconds, **options):
+    """-> (a Loader as training has it, the indices of a batch of it)"""
     loader = data.Loader(utterances, batch_seconds, augment=True, speeds=(0.9, 1.0, 1.1), **options)
     return loader, loader.batches(0)[0]
-
-
-def new_optimizer(student):
-    matrices, others = split_matrices(student.encoder)
-    others += parameters_outside(student, student.encoder)
-    return Muon([{"params": others}, {"params": matrices, "muon": True}], 1e-3)
 
 
 def stage1_step(student, batch, targets):
@@ -186,15 +178,86 @@ def stage1_step(student, batch, targets):
     (loss / lengths.sum()).backward()
 
 
-def benchmark_train(args):
-    loader, indices = demo_batch(args.batch_seconds)
+class Stopwatch:
+    """stopwatch(name) notes the seconds since it was made or last called."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.last = time.perf_counter()
+
+    def __call__(self, name):
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name] = now - self.last
+        self.last = now
+
+
+def stage1_parts(student, optimizer, loader, indices, targets):
+    """An update of stage 1 whose teachers come from a cache -> {part: seconds}"""
+    part = Stopwatch()
     batch = loader.load(0, indices).to(DEVICE)
-    config = replace(model.PRESETS[args.size], dropout=0.0, head_dims=(320, 288))
-    student = model.Student(config).to(DEVICE)
+    part("data")
+    with autocast(DEVICE, DTYPE):
+        hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
+        part("encoder")
+        loss = 0
+        for head, target in zip(student.heads, targets):
+            loss = loss + model.l1_loss(head(hidden).float(), target, lengths)
+        part("heads and L1")
+    student.zero_grad()
+    (loss / lengths.sum()).backward()
+    part("backward")
+    optimizer.step()
+    part("optimizer")
+    return part.seconds
+
+
+def stage2_parts(student, optimizer, loader, indices):
+    """An update of stage 2 -> {part: seconds}"""
+    part = Stopwatch()
+    batch = loader.load(0, indices).to(DEVICE)
+    part("data")
+    with autocast(DEVICE, DTYPE):
+        hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
+        part("encoder")
+        predicted = student.predict(batch.targets)
+        part("predictor")
+        labelled = batch.targets, lengths, batch.target_lengths
+        loss = model.transducer_loss_from_joiner(
+            student.joiner, hidden, predicted, *labelled, reduction="sum"
+        )
+        part("joiner and transducer loss")
+        loss = loss + 0.3 * model.ctc_loss(student.ctc(hidden), *labelled).sum()
+        part("CTC")
+    student.zero_grad()
+    (loss / len(lengths)).backward()
+    part("backward")
+    optimizer.step()
+    part("optimizer")
+    return part.seconds
+
+
+def print_parts(title, update, repeat):
+    """Medians of the parts of an update, and their shares of it."""
+    turns = [update() for _ in range(repeat + 1)][1:]  # the first warms up
+    seconds = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    whole = sum(seconds.values())
+    print(f"| {title} | ms | share |\n|---|---|---|")
+    for name, own in seconds.items():
+        print(f"| {name} | {1000 * own:.1f} | {100 * own / whole:.0f} % |")
+    print(f"| all | {1000 * whole:.1f} | |")
+
+
+def benchmark_train(args):
+    repeat = args.repeat or 10
+    utterances = data.load_utterances(data.DEMO / "corpus/train", transcribed=True)
+    tokenizer = data.train_tokenizer([u.text for u in utterances], 256)
+    loader, indices = demo_batch(utterances, args.batch_seconds, tokenizer=tokenizer)
+    batch = loader.load(0, indices).to(DEVICE)
+    config = replace(model.PRESETS[args.size], dropout=0.0)
+    student = model.Student(replace(config, head_dims=(320, 288))).to(DEVICE)
     theirs = TorchaudioEncoder(config).to(DEVICE)
-    optimizer = new_optimizer(student)
-    hidden, _ = student.encoder(batch.features, batch.feature_lengths)
-    targets = [torch.randn(*hidden.shape[:2], dim, device=DEVICE) for dim in config.head_dims]
 
     def encode(encoder):
         with autocast(DEVICE, DTYPE):
@@ -202,23 +265,26 @@ def benchmark_train(args):
         hidden.sum().backward()
 
     ways = {
-        "encoder, ours": functools.partial(encode, student.encoder),
-        "encoder, torchaudio's Conformer": functools.partial(encode, theirs),
-        "data of a batch, one process": functools.partial(loader.load, 0, indices),
-        "stage 1, forward and backward": functools.partial(stage1_step, student, batch, targets),
+        "ours": functools.partial(encode, student.encoder),
+        "torchaudio's Conformer": functools.partial(encode, theirs),
     }
+    seconds = medians(ways, repeat)
+    title = f"{args.size}, {len(batch.utterances)} utterances, {batch.seconds:.0f} s"
+    print_table(f"encoder, forward and backward: {title}", seconds, batch)
+    ratio = seconds["torchaudio's Conformer"] / seconds["ours"]
+    print(f"our encoder is {ratio:.2f} times as fast as torchaudio's\n")
 
-    def update():
-        stage1_step(student, batch, targets)
-        optimizer.step()
-
-    ways["stage 1, the same and the optimizer"] = update
-    seconds = medians(ways, args.repeat or 10)
-    print_table(
-        f"{args.size}, {len(batch.utterances)} utterances, {batch.seconds:.0f} s", seconds, batch
-    )
-    ratio = seconds["encoder, torchaudio's Conformer"] / seconds["encoder, ours"]
-    print(f"our encoder is {ratio:.2f} times as fast as torchaudio's")
+    hidden, _ = student.encoder(batch.features, batch.feature_lengths)
+    targets = [torch.randn(*hidden.shape[:2], head.out_features) for head in student.heads]
+    targets = [target.to(DEVICE) for target in targets]
+    optimizer = pretrain_kd.new_optimizer(student, 1e-3)
+    update = functools.partial(stage1_parts, student, optimizer, loader, indices, targets)
+    print_parts("stage 1 from a cache", update, repeat)
+    print()
+    student = model.Student(replace(config, vocab_size=tokenizer.get_vocab_size())).to(DEVICE)
+    optimizer = pretrain_kd.new_optimizer(student, 1e-3)
+    update = functools.partial(stage2_parts, student, optimizer, loader, indices)
+    print_parts("stage 2", update, repeat)
 
 
 def print_table(title, seconds, batch):
@@ -232,7 +298,8 @@ def print_table(title, seconds, batch):
 
 def benchmark_teacher(args):
     """Is a step of distillation worth its parts, and one from the cache what the student costs?"""
-    live, indices = demo_batch(args.batch_seconds)
+    utterances = data.load_utterances(data.DEMO / "corpus/unlabelled")
+    live, indices = demo_batch(utterances, args.batch_seconds)
     dtype = fast_dtype(DEVICE)
     teachers = [pretrain_kd.Teacher(spec, DEVICE, dtype) for spec in args.teachers]
     chosen = [live.utterances[i] for i in indices]
@@ -245,7 +312,7 @@ def benchmark_teacher(args):
         widths = [width for teacher in teachers for width in teacher.widths]
         config = replace(model.PRESETS[args.size], dropout=0.0, head_dims=tuple(widths))
         student = model.Student(config).to(DEVICE)
-        optimizer = new_optimizer(student)
+        optimizer = pretrain_kd.new_optimizer(student, 1e-3)
         fixed = pretrain_kd.teacher_targets(teachers, batch)
 
         def step(loader, some, targets=None):

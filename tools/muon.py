@@ -7,6 +7,8 @@ import torch
 
 from tools.machine import fast_dtype
 
+EVERY = 4  # updates, in one of which a matrix takes its step
+
 
 def split_matrices(encoder):
     """-> (the matrices of an encoder's blocks, its other parameters)"""
@@ -29,6 +31,10 @@ class Muon(torch.optim.AdamW):
     update is scaled to about twice the size of AdamW's (arXiv 2502.16982 has 0.2 instead of 0.4),
     so one learning rate suits both. torch.optim.Muon takes nothing but matrices, and computes in
     bfloat16 where a CPU has to emulate it.
+
+    To orthogonalise all matrices costs as much as half a backward pass of a batch of 24 s. The
+    momentum hardly changes from one update to the next, so the matrices take turns: each takes a
+    step of EVERY times the size in one of EVERY updates. [ours]
     """
 
     def __init__(self, groups, lr):
@@ -40,21 +46,23 @@ class Muon(torch.optim.AdamW):
     def step(self):
         for group in self.param_groups:
             if group["muon"]:
-                for p in group["params"]:
-                    self.step_of_matrix(p, group["lr"], group["weight_decay"])
+                group["updates"] = group.get("updates", 0) + 1
+                for i, p in enumerate(group["params"]):
+                    if p.grad is not None:
+                        its_turn = (group["updates"] + i) % EVERY == 0
+                        self.step_of_matrix(p, its_turn, EVERY * group["lr"], group["weight_decay"])
         super().step()
 
-    def step_of_matrix(self, p, lr, weight_decay):
-        if p.grad is None:
-            return
+    def step_of_matrix(self, p, its_turn, lr, weight_decay):
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros(())  # AdamW expects one in every state
             state["momentum"] = torch.zeros_like(p)
         state["momentum"].lerp_(p.grad, 0.05)
-        nesterov = p.grad.lerp(state["momentum"], 0.95)
-        p.mul_(1 - lr * weight_decay)
-        p.add_(orthogonalise(nesterov), alpha=-0.4 * math.sqrt(max(p.shape)) * lr)
+        if its_turn:
+            nesterov = p.grad.lerp(state["momentum"], 0.95)
+            p.mul_(1 - lr * weight_decay)
+            p.add_(orthogonalise(nesterov), alpha=-0.4 * math.sqrt(max(p.shape)) * lr)
         p.grad = None  # AdamW's own step comes next and passes over it
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import data
+from model import encoder_frames
 from tools.command_line import UserError
 from tools.word_errors import Errors, word_errors
 
@@ -89,8 +90,7 @@ def log_mel_frames(batch):
     """-> list of (T, 320): four frames of log-mel side by side, to compare the teachers with"""
     rows = []
     for features, length in zip(batch.features, batch.feature_lengths.tolist()):
-        # As the student's encoder does: 3 frames make a whole one, 1 and 2 none.
-        T = (length + 1) // 4
+        T = encoder_frames(length)
         padded = F.pad(features[:length], (0, 0, 0, 1))
         rows.append(padded[: 4 * T].reshape(T, -1))
     return rows
