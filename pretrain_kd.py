@@ -346,7 +346,8 @@ def probe_teachers(args):
     print(about_device)
     train_set, dev_set = data.load_training_data(args)
     teachers, _ = load_teachers(args, device, print)
-    probe.probe(teachers, target_names(teachers), train_set, dev_set, args.batch_seconds)
+    rank = model.PRESETS[args.size].dim
+    probe.probe(teachers, target_names(teachers), train_set, dev_set, args.batch_seconds, rank)
     return 0
 
 

@@ -19,6 +19,7 @@ import soundfile
 import torch
 
 import data
+import model
 import pretrain_kd
 from conftest import DEMO
 from pretrain_kd import Teacher, target_names
@@ -442,12 +443,47 @@ def test_what_a_linear_layer_can_and_cannot_read():
     assert probe.character_errors(nothing[:50], nothing[50:]) > 60
 
 
+def test_how_much_of_targets_few_dimensions_hold():
+    torch.manual_seed(0)
+    latent = torch.randn(500, 6)
+    mixing = torch.randn(3, 20)
+    # Two targets of three hidden dimensions each, alike and different, and one of white noise.
+    first = latent[:, :3] @ mixing
+    alike = latent[:, :3] @ mixing.flip(1)
+    other = latent[:, 3:] @ mixing
+    noise = torch.randn(500, 20)
+    for other_target, least, most in ((alike, 1.99, 2), (other, 0.9, 1.5)):
+        alone, shared = probe.reachable_variance([first, other_target], 3)
+        assert min(alone) > 0.999
+        assert least < sum(shared) <= most + 1e-3
+    [alone], _ = probe.reachable_variance([noise], 5)
+    assert 0.2 < alone < 0.5
+    # No three directions can hold more than the singular values say.
+    alone, _ = probe.reachable_variance([torch.cat([first, other], 1)], 3)
+    standardised = torch.cat([first, other], 1)
+    standardised = (standardised - standardised.mean(0)) / standardised.std(0)
+    energy = torch.linalg.svdvals(standardised) ** 2
+    assert alone[0] == pytest.approx((energy[:3].sum() / energy.sum()).item(), abs=1e-3)
+
+
+def test_a_student_is_probed(tmp_path, capsys):
+    student = model.Student(model.Config(dim=32, layers=1, head_dims=(8,)))
+    about = {"config": student.config, "stage": 1}
+    model.save_checkpoint(tmp_path / "best.pt", model=student.state_dict(), **about)
+    train = str(DEMO / "corpus/train")
+    argv = [str(tmp_path), "--data", train, "--dev", str(DEMO / "corpus/dev/145")]
+    assert probe.main(argv) == 0
+    found = re.search(r"\| ([\d.]+) % \|", capsys.readouterr().out)
+    assert 20 < float(found[1]) <= 100
+    assert probe.main([*argv[:1], "--data", str(DEMO / "corpus/unlabelled/103")]) == 2
+
+
 def test_the_probe_separates_a_teacher_from_noise(demo_utterances, teacher_folders, capsys):
     """The demo's teacher reads better than log-mel, a random network does not."""
     teachers = [Teacher(str(DEMO / "teachers/hubert")), Teacher(teacher_folders["whisper"])]
     dev = data.load_utterances(DEMO / "corpus/dev", transcribed=True)
     names = target_names(teachers)
-    probe.probe(teachers, names, demo_utterances, dev, 30.0, seconds=(60, 20))
+    probe.probe(teachers, names, demo_utterances, dev, 30.0, 16, seconds=(60, 20))
     table = capsys.readouterr().out
     wrong = {}
     for name in ("hubert", "whisper", "log-mel features"):
@@ -459,7 +495,7 @@ def test_the_probe_separates_a_teacher_from_noise(demo_utterances, teacher_folde
     silent = [replace(u, text=None) for u in demo_utterances[:4]]
     gone = [replace(u, path="gone.wav") for u in silent]
     with pytest.raises(UserError, match="none of the audio"):
-        probe.probe(teachers, names, silent, gone, 30.0)
+        probe.probe(teachers, names, silent, gone, 30.0, 16)
 
 
 def test_the_probe_of_audio_without_transcripts_trains_nothing(arguments, tmp_path, capsys):

@@ -1,12 +1,15 @@
-"""Is it a teacher at all? How well a linear layer reads transcripts off embeddings.
+"""Is it a teacher at all, has it taught? How well a linear layer reads transcripts off embeddings.
 
     python pretrain_kd.py --probe --teachers NAME[:LAYER,...] ... --data ... --dev ...
+    python -m tools.probe exp/pretrain --data ... --dev ...       # a student, after stage 1
 
 A teacher that does not tell one phone from another has nothing to teach; this takes about a minute
 each, pre-training takes hours.
 """
 
+import functools
 import math
+import sys
 import time
 
 import torch
@@ -14,8 +17,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-from model import encoder_frames
-from tools.command_line import UserError
+from model import encoder_frames, load_checkpoint, load_student
+from tools.command_line import Parser, UserError, one_line_errors
 from tools.word_errors import Errors, word_errors
 
 SECONDS = (480, 120)  # of audio that the linear layer learns from and is scored on
@@ -102,12 +105,45 @@ def teacher_frames(teacher, batch):
     return [row[:length] for row, length in zip(embeddings, lengths)]
 
 
-def probe(teachers, names, training, development, batch_seconds, seconds=SECONDS):
-    """Print a table: what the teachers are, how fast, and how well a linear layer reads characters.
+@torch.no_grad()
+def student_frames(student, batch):
+    """-> list of (T, d), one per utterance"""
+    hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
+    return [row[:length] for row, length in zip(hidden, lengths)]
 
-    names: one for each target, that is for each layer of each teacher (pretrain_kd.target_names).
-    training, development: lists of utterances; `seconds` of each are used.
+
+def reachable_variance(targets, rank):
+    """Shares of the variance of targets that linear layers can reach from `rank` dimensions, at
+    most: principal components.
+
+    targets: list of (N, D_k) -> [share of each that has all dimensions to itself],
+    [share of each where all are read off the same dimensions and weigh alike, as in the loss]
     """
+    standardised = []
+    for x in targets:
+        x = (x - x.mean(0)) / x.std(0).clamp(min=1e-5)
+        standardised.append(x / math.sqrt(x.shape[1]))
+
+    def kept(x):
+        """The part of (N, D) that its first `rank` principal components hold"""
+        _, directions = torch.linalg.eigh(x.T @ x)
+        directions = directions[:, -rank:]
+        return x @ directions @ directions.T
+
+    def share(part, whole):
+        return 1 - ((whole - part).square().sum() / whole.square().sum()).item()
+
+    alone = [share(kept(x), x) for x in standardised]
+    together = kept(torch.cat(standardised, dim=1))
+    parts = together.split([x.shape[1] for x in standardised], dim=1)
+    return alone, [share(part, x) for part, x in zip(parts, standardised)]
+
+
+# ---------------------------------------- the tables
+
+
+def load_batches(training, development, batch_seconds, seconds=SECONDS):
+    """-> batches to learn from, batches to score, whether all of them are transcribed"""
     parts = []
     for utterances, some in zip((training, development), seconds):
         loader = data.Loader(choose(utterances, some), batch_seconds)
@@ -117,47 +153,93 @@ def probe(teachers, names, training, development, batch_seconds, seconds=SECONDS
                 "none of the audio can be read; python -m tools.librispeech check PATH says why"
             )
         parts.append(batches)
-    texts = []
-    for batches in parts:
-        texts.append([characters(u) for batch in batches for u in batch.utterances])
-    transcribed = all(texts[0]) and all(texts[1])
+    utterances = [u for batches in parts for batch in batches for u in batch.utterances]
+    return *parts, all(characters(u) for u in utterances)
 
-    def error_rate(train_frames, dev_frames):
-        if not transcribed:
-            return "unknown"
-        train = list(zip(train_frames, texts[0]))
-        dev = list(zip(dev_frames, texts[1]))
-        return f"{character_errors(train, dev):.1f} %"
 
-    print("| target | parameters | frames | width | s of audio/s | characters wrong |")
-    print("|---|---|---|---|---|---|")
-    names = iter(names)
+def frames_of(encode, batches):
+    """encode(batch) -> list of (T, D), one per utterance: those of all batches"""
+    return [row for batch in batches for row in encode(batch)]
+
+
+def error_rate(train_frames, dev_frames, train, dev):
+    """Percent of the characters that a linear layer reads wrong off frames of two lists of
+    batches."""
+    pairs = []
+    for rows, batches in ((train_frames, train), (dev_frames, dev)):
+        texts = [characters(u) for batch in batches for u in batch.utterances]
+        pairs.append(list(zip(rows, texts)))
+    return character_errors(*pairs)
+
+
+def probe(teachers, names, training, development, batch_seconds, rank, seconds=SECONDS):
+    """Print a table: what the teachers are, how fast, how well a linear layer reads characters off
+    them, and how much of them `rank` dimensions can hold, which is what the student has.
+
+    names: one for each target, that is for each layer of each teacher (pretrain_kd.target_names).
+    training, development: lists of utterances; `seconds` of each are used.
+    """
+    train, dev, transcribed = load_batches(training, development, batch_seconds, seconds)
+    rows = []
+    targets = []
     for teacher in teachers:
+        encode = functools.partial(teacher_frames, teacher)
         started = time.perf_counter()
-        frames = []
-        for batches in parts:
-            frames.append([row for batch in batches for row in teacher_frames(teacher, batch)])
+        train_frames = frames_of(encode, train)
+        dev_frames = frames_of(encode, dev)
         elapsed = time.perf_counter() - started
-        audio = sum(batch.seconds for batches in parts for batch in batches)
+        audio = sum(batch.seconds for batch in train + dev)
+        about = f"{teacher.parameters / 1e6:.1f} M"
         # The layers of a teacher stand side by side in its embedding.
         start = 0
         for clock, width in zip(teacher.clocks, teacher.widths):
             layer = slice(start, start + width)
             start += width
-            train_frames, dev_frames = [[row[:, layer] for row in rows] for rows in frames]
-            print(
-                f"| {next(names)} | {teacher.parameters / 1e6:.1f} M | {clock.rate:.4g} Hz "
-                f"| {width} | {audio / elapsed:.0f} | {error_rate(train_frames, dev_frames)} |"
-            )
+            wrong = "unknown"
+            of_layer = [[row[:, layer] for row in some] for some in (train_frames, dev_frames)]
+            if transcribed:
+                wrong = f"{error_rate(*of_layer, train, dev):.1f} %"
+            rows.append([about, f"{clock.rate:.4g} Hz", width, f"{audio / elapsed:.0f}", wrong])
+            targets.append(torch.cat(of_layer[0]))
+    alone, together = reachable_variance(targets, rank)
 
-    mel = []
-    for batches in parts:
-        mel.append([row for batch in batches for row in log_mel_frames(batch)])
-    print(f"| log-mel features | | 100 Hz | 320 | | {error_rate(*mel)} |")
+    print(
+        "| target | parameters | frames | width | s of audio/s | characters wrong "
+        f"| variance in {rank} dimensions, alone | in {rank} shared with the others |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, row, share, shared in zip(names, rows, alone, together):
+        print(f"| {name} | {' | '.join(map(str, row))} | {share:.2f} | {shared:.2f} |")
     if transcribed:
+        mel = [frames_of(log_mel_frames, batches) for batches in (train, dev)]
+        print(f"| log-mel features | | 100 Hz | 320 | | {error_rate(*mel, train, dev):.1f} % | | |")
         print(
             "A linear CTC layer reads the characters: a teacher is worth having where it reads far "
             "more than off log-mel."
         )
     else:
         print("Give transcribed --data and --dev to see whether the embeddings tell phones apart.")
+
+
+@one_line_errors
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", help="of stage 1: run directories or checkpoints")
+    data.add_source_options(parser)
+    args = parser.parse_args(argv)
+    args.batch_seconds = 24.0
+    training, development = data.load_training_data(args)
+    # A student is fast, so more can be scored.
+    train, dev, transcribed = load_batches(training, development, 24.0, (SECONDS[0], 600))
+    if not transcribed:
+        raise UserError("--data and --dev must be transcribed")
+    print("| student | characters wrong |\n|---|---|")
+    for run in args.runs:
+        student = load_student(load_checkpoint(run)).eval()
+        encode = functools.partial(student_frames, student)
+        wrong = error_rate(frames_of(encode, train), frames_of(encode, dev), train, dev)
+        print(f"| {run} | {wrong:.1f} % |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -34,8 +34,8 @@ FINAL_SPEAKERS = ["2035", "2086", "2412", "2803", "652"]
 # ---------------------------------------- the rows
 
 # In teachers, audio and options, words in braces are filled in by `Results`: {tiny}, {base},
-# {moonshine} and {bert} are models, {cache} is a folder, {seed0} is the transducer of the
-# protocol's row `teacher` with that seed.
+# {moonshine} and {bert} are models, {cache} is a folder, {seed} is the row's own seed, {seed0} is
+# the transducer of the protocol's row `teacher` with seed 0.
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Protocol:
     students: dict  # name -> Student
     rows: tuple  # of Row
     teacher: str  # the row whose transducers teach others
-    pretrain: str  # options of every run of stage 1
+    pretrain: str  # options of every run of stage 1; with {seed} in them, one for each seed
     finetune: str  # options of every run of stage 2
     pseudo: tuple  # audio, teacher and validator of the pseudo-labels
 
@@ -140,11 +140,15 @@ LAB = Protocol(
 DEMO_WHISPER = f"{data.DEMO}/teachers/whisper"
 DEMO_HUBERT = f"{data.DEMO}/teachers/hubert"
 DEMO_STUDENTS = {
+    "hubert": Student(DEMO_HUBERT, "train unlabelled"),
+    "whisper": Student(DEMO_WHISPER, "train unlabelled"),
     "two": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled"),
     "two-streaming": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled", STREAMING),
 }
 DEMO_ROWS = (
     Row("no KD", "none", "train"),
+    Row("HuBERT alone", "hubert", "train"),
+    Row("Whisper alone", "whisper", "train"),
     Row("two teachers", "two", "train"),
     Row("+ one-best path", "two", "train", ONE_BEST),
     Row("+ mean of three transducers", "two", "train", ENSEMBLE),
@@ -162,7 +166,7 @@ DEMO = Protocol(
     DEMO_STUDENTS,
     DEMO_ROWS,
     teacher="two teachers",
-    pretrain="",
+    pretrain="--cache {cache} --seed {seed}",
     finetune="",
     pseudo=("unlabelled", DEMO_WHISPER, DEMO_HUBERT),
 )
@@ -292,9 +296,10 @@ class Results:
         name = re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")
         return self.out / "finetune" / f"{name}.{seed}"
 
-    def fill(self, text):
+    def fill(self, text, seed=0):
         """Options or teachers -> list of words, names filled in"""
-        return [word.format_map(self.names) for word in text.split()]
+        names = {**self.names, "seed": seed}
+        return [word.format_map(names) for word in text.split()]
 
     def sources(self, audio):
         """Names of sets, and of the pseudo-labels -> their manifests"""
@@ -318,8 +323,12 @@ class Results:
             yield self.pseudo_label()
         init = "none"
         if row.student != "none":
-            init = self.out / "pretrain" / row.student
-            yield self.pretrain(row.student, init)
+            # A student that does not depend on the seed is the same for all.
+            folder = row.student
+            if "{seed}" in self.protocol.pretrain:
+                folder += f".{seed}"
+            init = self.out / "pretrain" / folder
+            yield self.pretrain(row.student, seed, init)
         out = self.folder(name, seed)
         yield [
             "finetune_rnnt.py",
@@ -352,7 +361,7 @@ class Results:
                     scores,
                 ]
 
-    def pretrain(self, name, out):
+    def pretrain(self, name, seed, out):
         student = self.protocol.students[name]
         return [
             "pretrain_kd.py",
@@ -362,7 +371,7 @@ class Results:
             *self.sources("dev"),
             "--teachers",
             *self.fill(student.teachers),
-            *self.fill(self.protocol.pretrain),
+            *self.fill(self.protocol.pretrain, seed),
             *self.fill(student.options),
             "--out",
             out,
