@@ -466,6 +466,15 @@ def test_how_much_of_targets_few_dimensions_hold():
     assert alone[0] == pytest.approx((energy[:3].sum() / energy.sum()).item(), abs=1e-3)
 
 
+def test_how_much_one_teacher_knows_of_another():
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 2000, 10)
+    y = x @ torch.randn(10, 15)
+    halves = [(z[:1000], z[1000:]) for z in (x, y, x + noise, noise)]
+    linear, mixed, other = [probe.predicted_variance(halves[0], half) for half in halves[1:]]
+    assert linear > 0.99 and mixed == pytest.approx(0.5, abs=0.06) and abs(other) < 0.05
+
+
 def test_a_student_is_probed(tmp_path, capsys):
     student = model.Student(model.Config(dim=32, layers=1, head_dims=(8,)))
     about = {"config": student.config, "stage": 1}

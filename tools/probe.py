@@ -139,6 +139,23 @@ def reachable_variance(targets, rank):
     return alone, [share(part, x) for part, x in zip(parts, standardised)]
 
 
+def predicted_variance(source, target):
+    """Share of the variance of one teacher that a linear layer predicts from another: how much of
+    the one the other knows as well.
+
+    source, target: pairs of frames to learn from (N, D) and to score (M, D).
+    """
+    mean, std = source[0].mean(0), source[0].std(0).clamp(min=1e-5)
+    x, x_dev = [(x - mean) / std for x in source]
+    mean, std = target[0].mean(0), target[0].std(0).clamp(min=1e-5)
+    y, y_dev = [(y - mean) / std for y in target]
+    # Ridge regression.
+    gram = x.T @ x + 0.01 * len(x) * torch.eye(x.shape[1], device=x.device)
+    weights = torch.linalg.solve(gram, x.T @ y)
+    wrong = (y_dev - x_dev @ weights).square().sum()
+    return 1 - (wrong / y_dev.square().sum()).item()
+
+
 # ---------------------------------------- the tables
 
 
@@ -200,8 +217,8 @@ def probe(teachers, names, training, development, batch_seconds, rank, seconds=S
             if transcribed:
                 wrong = f"{error_rate(*of_layer, train, dev):.1f} %"
             rows.append([about, f"{clock.rate:.4g} Hz", width, f"{audio / elapsed:.0f}", wrong])
-            targets.append(torch.cat(of_layer[0]))
-    alone, together = reachable_variance(targets, rank)
+            targets.append([torch.cat(some) for some in of_layer])
+    alone, together = reachable_variance([train_part for train_part, _ in targets], rank)
 
     print(
         "| target | parameters | frames | width | s of audio/s | characters wrong "
@@ -219,6 +236,20 @@ def probe(teachers, names, training, development, batch_seconds, rank, seconds=S
         )
     else:
         print("Give transcribed --data and --dev to see whether the embeddings tell phones apart.")
+    if len(targets) > 1:
+        print_agreement(names, targets)
+
+
+def print_agreement(names, targets):
+    print(f"\n| a linear layer predicts of | {' | '.join(names)} |")
+    print("|---" * (1 + len(names)) + "|")
+    for name, source in zip(names, targets):
+        shares = [f"{predicted_variance(source, target):.2f}" for target in targets]
+        print(f"| from {name} | {' | '.join(shares)} |")
+    print(
+        "Where a teacher's variance is predicted from another one, the student learns it from that "
+        "one too: teachers that differ have more to teach together."
+    )
 
 
 @one_line_errors

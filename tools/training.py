@@ -40,6 +40,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
+from data import mix
 from model import load_checkpoint, save_checkpoint
 from tools.command_line import (
     UserError,
@@ -493,7 +494,7 @@ class Run:
             # what ran before or where. Only now: to draw a batch takes numbers from this
             # generator, too.
             place = k * self.world + self.rank
-            torch.manual_seed(hash((self.args.seed, self.position["step"] - 1, place)) % 2**63)
+            torch.manual_seed(mix(self.args.seed, self.position["step"] - 1, place))
             yield batch.to(self.device)
 
     def add(self, batch, count, loss, **parts):
