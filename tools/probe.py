@@ -150,7 +150,7 @@ def predicted_variance(source, target):
     mean, std = target[0].mean(0), target[0].std(0).clamp(min=1e-5)
     y, y_dev = [(y - mean) / std for y in target]
     # Ridge regression.
-    gram = x.T @ x + 0.01 * len(x) * torch.eye(x.shape[1], device=x.device)
+    gram = x.T @ x + 0.01 * len(x) * torch.eye(x.shape[1])
     weights = torch.linalg.solve(gram, x.T @ y)
     wrong = (y_dev - x_dev @ weights).square().sum()
     return 1 - (wrong / y_dev.square().sum()).item()
@@ -217,7 +217,7 @@ def probe(teachers, names, training, development, batch_seconds, rank, seconds=S
             if transcribed:
                 wrong = f"{error_rate(*of_layer, train, dev):.1f} %"
             rows.append([about, f"{clock.rate:.4g} Hz", width, f"{audio / elapsed:.0f}", wrong])
-            targets.append([torch.cat(some) for some in of_layer])
+            targets.append([torch.cat(some).cpu() for some in of_layer])
     alone, together = reachable_variance([train_part for train_part, _ in targets], rank)
 
     print(
