@@ -77,6 +77,8 @@ def orthogonalise(matrix):
     x = matrix / matrix.norm().clamp(min=1e-7)
     x = x.to(fast_dtype(matrix.device))
     for _ in range(5):
+        # 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, factor, x, beta=3.4445)
     return x
