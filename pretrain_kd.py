@@ -393,8 +393,7 @@ def measure_components(teachers, train_set, caches, args):
 def evaluate(student, teachers, names, weights, loader, device):
     """-> {"dev L1 NAME": mean over the frames of the development audio, "dev L1": weighted sum}
 
-    Predicting the mean of a standardised target would score about 0.8. One head for all targets is
-    measured against each.
+    One head for all targets is measured against each.
     """
     sums = dict.fromkeys(names, 0.0)
     frames = 0
