@@ -147,14 +147,9 @@ LAB = Protocol(
 
 DEMO_WHISPER = f"{data.DEMO}/teachers/whisper"
 DEMO_HUBERT = f"{data.DEMO}/teachers/hubert"
-LOW = "tools/half_teachers.py:Low"
-HIGH = "tools/half_teachers.py:High"
 DEMO_STUDENTS = {
     "hubert": Student(DEMO_HUBERT, "train unlabelled"),
     "whisper": Student(DEMO_WHISPER, "train unlabelled"),
-    "low": Student(LOW, "train unlabelled"),
-    "high": Student(HIGH, "train unlabelled"),
-    "low-high": Student(f"{LOW} {HIGH}", "train unlabelled"),
     "two": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled"),
     "two-streaming": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled", STREAMING),
 }
@@ -163,9 +158,6 @@ DEMO_ROWS = (
     Row("HuBERT alone", "hubert", "train"),
     Row("Whisper alone", "whisper", "train"),
     Row("two teachers", "two", "train"),
-    Row("low teacher", "low", "train"),
-    Row("high teacher", "high", "train"),
-    Row("low and high teacher", "low-high", "train"),
     Row("+ one-best path", "two", "train", ONE_BEST),
     Row("+ mean of three transducers", "two", "train", ENSEMBLE),
     Row("+ essence of three, k = 16", "two", "train", f"{ENSEMBLE} --essence-top-k 16"),
