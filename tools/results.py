@@ -71,7 +71,6 @@ STREAMING = "--chunk 16"
 BERT = "--bert {bert}"
 ONE_BEST = "--teacher-transducer {seed0}"
 ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2}"
-TWICE_STAGE_1 = "--steps 9600 --eval-every 1600"
 TWICE_STAGE_2 = "--steps 2400 --eval-every 600"
 LONGER_STAGE_2 = "--steps 3600 --eval-every 900"
 ALL_THREE = "{tiny} {base} {moonshine}"
@@ -88,15 +87,12 @@ LAB_STUDENTS = {
     "moonshine-ocean": Student("{moonshine}", "1h rest ocean"),
     "two-more": Student("{base} {moonshine}", "1h rest"),
     "three-more": Student(ALL_THREE, "1h rest"),
-    "base-twice": Student("{base}", "1h rest", TWICE_STAGE_1),
-    "two-twice": Student("{base} {moonshine}", "1h rest", TWICE_STAGE_1),
     "three-longer": Student(ALL_THREE, "1h rest", "--steps 14400 --eval-every 2400"),
     "base-more-streaming": Student("{base}", "1h rest", STREAMING),
     "three-more-streaming": Student(ALL_THREE, "1h rest", STREAMING),
 }
 
 TWO = "Whisper base + Moonshine, + 6.2 h unlabelled"
-TWICE = "9,600 + 2,400 updates"
 THREE = "all three, + 6.2 h unlabelled"
 LONGER = f"{THREE}, 14,400 + 3,600 updates"
 OCEAN = "Moonshine, + 6.2 h unlabelled + 2.9 h of speechocean762"
@@ -114,8 +110,8 @@ LAB_ROWS = (
     Row("Moonshine, + 6.2 h unlabelled: layer 3 of 6", "moonshine-layer-3", "1h"),
     Row(OCEAN, "moonshine-ocean", "1h"),
     Row(TWO, "two-more", "1h"),
-    Row(f"Whisper base, + 6.2 h unlabelled, {TWICE}", "base-twice", "1h", TWICE_STAGE_2),
-    Row(f"{TWO}, {TWICE}", "two-twice", "1h", TWICE_STAGE_2),
+    Row("Whisper base, + 6.2 h unlabelled, 2,400 updates", "base-more", "1h", TWICE_STAGE_2),
+    Row(f"{TWO}, 2,400 updates", "two-more", "1h", TWICE_STAGE_2),
     Row(THREE, "three-more", "1h"),
     Row(f"{THREE}, 2,400 updates", "three-more", "1h", TWICE_STAGE_2),
     Row(LONGER, "three-longer", "1h", LONGER_STAGE_2),
