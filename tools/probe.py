@@ -41,9 +41,9 @@ def character_errors(train, dev, epochs=30):
 
     torch.manual_seed(0)
     layer = torch.nn.Linear(len(mean), 1 + len(letters)).to(mean.device)
-    optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(layer.parameters(), 3e-2)
     steps = epochs * math.ceil(len(train) / 8)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-2, steps)
     for _ in range(epochs):
         for chosen in torch.randperm(len(train)).split(8):
             x = [inputs[i] for i in chosen]
