@@ -10,7 +10,7 @@
     python pretrain_kd.py --cache DIR ...                    # teachers encode once, then from disk
 
     p_k = Linear_k(h),   L = sum_k w_k * mean |p_k - e_k|    # arXiv 2303.10917
-    e_k: the frames of teacher k at the student's 25 Hz, as principal components [ours]
+    e_k: the frames of teacher k at the student's 25 Hz, standardised [ours]
 
 No transcripts are needed. On the demo expect an L1 of about 0.37 and 0.35 on voices of --dev, where
 0.8 is what predicting the mean would score (RESULTS.md).
@@ -18,6 +18,8 @@ No transcripts are needed. On the demo expect an L1 of about 0.37 and 0.35 on vo
 
 from tools import quiet_start  # noqa: F401  (first: Ctrl-C while the rest is imported)
 
+import itertools
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +32,9 @@ import model
 from tools import probe, teacher_cache, training
 from tools.command_line import Parser, UserError, one_line_errors, positive_float
 from tools.encoders import SpeechEncoder, noise
-from tools.machine import all_gather, choose_device, fast_dtype
+from tools.machine import choose_device, fast_dtype
 from tools.muon import Muon, parameters_outside, split_matrices
 
-
-COMPONENTS = 144  # of a teacher's layer that are targets: the student has no more dimensions
 
 # ---------------------------------------- a teacher
 
@@ -47,9 +47,8 @@ class Teacher:
     layers: "last" (the default) or numbers of hidden layers, 0 being what enters the first one.
         Each of them becomes a target.
     clocks: of each layer, when its frames are.
-    widths: of each layer at 25 Hz, see `align`: twice its own for a teacher of 50 Hz.
-    dim: their sum.   target_widths: of the targets, COMPONENTS where a layer has as many.
-    means (D,), bases (D, target_width): of each layer, see `measure_components`.
+    widths: of the targets, see `align`: twice a layer's for a teacher of 50 Hz.   dim: their sum.
+    mean, std (dim,): of the embeddings, set by `measure_statistics`; until then 0 and 1.
     An utterance's embedding does not depend on its batch.
     Raises UserError for all that cannot be loaded, cannot be run or is no speech encoder.
     """
@@ -67,63 +66,58 @@ class Teacher:
         for clock, D in zip(self.clocks, self.encoder.dims):
             self.widths.append(frames_per_target(clock) * D)
         self.dim = sum(self.widths)
-        self.target_widths = [min(COMPONENTS, width) for width in self.widths]
+        self.mean = torch.zeros(self.dim, device=self.device)
+        self.std = torch.ones(self.dim, device=self.device)
         self.fingerprint = self.embed_noise()
 
     def __str__(self):
-        widths = " + ".join(map(str, self.widths))
-        return f"{self.spec}: {self.encoder}, {widths} wide at 25 Hz"
+        return f"{self.spec}: {self.encoder}, target {' + '.join(map(str, self.widths))} wide"
 
     def __call__(self, waveforms, lengths=None):
-        """-> embeddings (B, T, dim), lengths (B,): T is that of the student's encoder
+        """-> standardised embeddings (B, T, dim), lengths (B,): T is that of the student's encoder
 
         waveforms: list of (S,) at 16 kHz, or (B, S) padded, with lengths (B,) in samples.
         """
         if lengths is not None:
             waveforms = [wave[:length] for wave, length in zip(waveforms, lengths.tolist())]
-        return self.embed(waveforms)
+        embeddings, lengths = self.embed(waveforms)
+        return self.standardised(embeddings), lengths
 
     def embed(self, waveforms):
-        """list of (S,) -> embeddings (B, T, dim), padded with 0, and lengths (B,)"""
+        """list of (S,) -> embeddings (B, T, dim) as they are, padded with 0, and lengths (B,)"""
         rows = []
         for waveform, layers in zip(waveforms, self.encoder.encode(waveforms)):
             # The layers of a teacher stand side by side.
-            parts = []
+            targets = []
             for states, clock in zip(layers, self.clocks):
-                parts.append(align(states, len(waveform), clock))
-            rows.append(torch.cat(parts, dim=1))
+                targets.append(align(states, len(waveform), clock))
+            rows.append(torch.cat(targets, dim=1))
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         return pad_sequence(rows, batch_first=True), lengths
 
-    def targets(self, embeddings):
-        """(B, T, dim), from `embed` or a cache -> list of (B, T, target_width), one per layer: its
-        first principal components, of mean 0 and together of deviation 1"""
-        layers = embeddings.to(self.device, torch.float32).split(self.widths, dim=-1)
-        return [(x - mean) @ basis for x, mean, basis in zip(layers, self.means, self.bases)]
+    def standardised(self, embeddings):
+        """(B, T, dim) as they are, from `embed` or a cache -> mean 0, deviation 1 per dimension"""
+        return (embeddings.to(self.device, torch.float32) - self.mean) / self.std
 
-    def measure_components(self, batches):
-        """Measure what makes targets of embeddings: each dimension is standardised, so that none of
-        them dominates; of the standardised ones the COMPONENTS that vary most are kept; and these
-        are scaled as a whole, so that teachers weigh alike in an L1. [ours]
+    def measure_statistics(self, batches):
+        """Measure mean and deviation per dimension: teachers of different scale then weigh alike
+        in an L1. [ours]
 
-        batches: pairs of embeddings (B, T, dim) and lengths (B,).
+        batches: pairs of embeddings (B, T, dim), as they are, and lengths (B,).
         """
-        rows = []
+        count = 0
+        total = 0.0
+        squares = 0.0
         for embeddings, lengths in batches:
             valid = model.valid_mask(lengths.cpu(), embeddings.shape[1])
-            rows.append(embeddings.cpu()[valid].float())
-        self.means = []
-        self.bases = []
-        for x, width in zip(torch.cat(rows).split(self.widths, dim=1), self.target_widths):
-            mean = x.mean(0)
-            std = x.std(0).clamp(min=1e-5)
-            x = (x - mean) / std
-            # In the order of their variances, the least first.
-            variances, directions = torch.linalg.eigh(x.T @ x / len(x))
-            scale = variances[-width:].mean().sqrt()
-            self.means.append(mean.to(self.device))
-            basis = directions[:, -width:] / scale / std[:, None]
-            self.bases.append(basis.to(self.device))
+            frames = embeddings.cpu()[valid].double()
+            count += len(frames)
+            total += frames.sum(0)
+            squares += (frames**2).sum(0)
+        mean = total / count
+        variance = squares / count - mean**2
+        self.mean = mean.float().to(self.device)
+        self.std = variance.clamp(min=1e-10).sqrt().float().to(self.device)
 
     def embed_noise(self):
         """64 numbers of the embedding of a fixed second of noise: those of other weights, layers
@@ -137,13 +131,14 @@ class Teacher:
         """What a checkpoint keeps of a teacher, in plain types and tensors"""
         return {
             "spec": self.spec,
-            "means": [mean.cpu() for mean in self.means],
-            "bases": [basis.cpu() for basis in self.bases],
+            "dim": self.dim,
+            "mean": self.mean.cpu(),
+            "std": self.std.cpu(),
             "fingerprint": self.fingerprint,
         }
 
     def load_state(self, state):
-        """Have the targets of the run whose checkpoint this state is from.
+        """Standardise as in the run whose checkpoint this state is from.
 
         Raises UserError if this is another teacher than it was there.
         """
@@ -155,8 +150,8 @@ class Teacher:
                 f"teacher {self.spec} has other weights than when this run began (a module of your "
                 f"own must seed them); add --overwrite or choose another --out"
             )
-        self.means = [mean.to(self.device) for mean in state["means"]]
-        self.bases = [basis.to(self.device) for basis in state["bases"]]
+        self.mean = state["mean"].to(self.device)
+        self.std = state["std"].to(self.device)
 
     def release(self):
         """Free the encoder's memory: from now on the embeddings come from a cache."""
@@ -229,7 +224,7 @@ def teacher_targets(teachers, batch, combine="heads", weights=None):
                 embeddings = batch.embeddings[k]
             else:
                 embeddings, _ = teacher.embed(batch.waveforms)
-            targets += teacher.targets(embeddings)
+            targets += teacher.standardised(embeddings).split(teacher.widths, dim=-1)
         if combine == "heads":
             return targets
 
@@ -336,7 +331,7 @@ def load_teachers(args, device, print_line):
         teachers.append(teacher)
         weights += [weight / len(teacher.layers)] * len(teacher.layers)
         print_line(f"teacher {teacher}")
-    widths = {width for teacher in teachers for width in teacher.target_widths}
+    widths = {width for teacher in teachers for width in teacher.widths}
     if args.combine != "heads" and len(widths) > 1:
         raise UserError(
             f"--combine {args.combine} needs targets of one width, found "
@@ -356,21 +351,20 @@ def probe_teachers(args):
     return 0
 
 
-def measure_components(teachers, train_set, caches, args):
-    """Give the teachers their principal components, of the first ten minutes of training."""
+def measure_statistics(teachers, train_set, caches, args):
+    """Give the teachers the means and deviations of the first batches of training: four of them and
+    at least 200 s.
+    """
     # Audio as it is, where that is among the speeds: then a cache has it.
     speeds = [1.0] if 1.0 in args.speeds else args.speeds
     loader = data.Loader(
         train_set, args.batch_seconds, caches=caches, augment=True, speeds=speeds, seed=args.seed
     )
+    enough = max(4, math.ceil(200 / args.batch_seconds))
     batches = []
-    seconds = 0
-    for batch in loader.epoch():
+    for batch in itertools.islice(loader.epoch(), enough):
         if batch.utterances:
             batches.append(batch)
-            seconds += batch.seconds
-        if seconds > 600:
-            break
     if not batches:
         raise UserError(
             "none of the training audio can be read; python -m tools.librispeech check PATH names "
@@ -384,16 +378,15 @@ def measure_components(teachers, train_set, caches, args):
                 embedded.append((batch.embeddings[k], frames))
             else:
                 embedded.append(teacher.embed(batch.waveforms))
-        teacher.measure_components(embedded)
-        # Another machine might find them with another sign.
-        teacher.load_state(all_gather(teacher.state())[0])
+        teacher.measure_statistics(embedded)
 
 
 @torch.no_grad()
 def evaluate(student, teachers, names, weights, loader, device):
     """-> {"dev L1 NAME": mean over the frames of the development audio, "dev L1": weighted sum}
 
-    One head for all targets is measured against each.
+    Predicting the mean of a standardised target would score about 0.8. One head for all targets is
+    measured against each.
     """
     sums = dict.fromkeys(names, 0.0)
     frames = 0
@@ -469,12 +462,12 @@ def main(argv=None):
         for teacher, state in zip(teachers, run.state["teachers"]):
             teacher.load_state(state)
     else:
-        measure_components(teachers, train_set, caches, args)
+        measure_statistics(teachers, train_set, caches, args)
 
     # ---- student
     head_names = names
     head_weights = weights
-    head_dims = [width for teacher in teachers for width in teacher.target_widths]
+    head_dims = [width for teacher in teachers for width in teacher.widths]
     if args.combine != "heads":
         # One projection head for all; load_teachers made sure that the targets are equally wide.
         head_names = [args.combine]

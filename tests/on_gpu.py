@@ -466,9 +466,8 @@ def teacher_forward(args):
     extractor.save_pretrained(args.runs / "whisper")
     teacher = pretrain_kd.Teacher(str(args.runs / "whisper"), device, dtype)
     batch = random_batch(args, device)
-    teacher.measure_components([teacher.embed(batch.waveforms)])
     size = "nano" if args.quick else "small"
-    student = model.Student(replace(model.PRESETS[size], head_dims=tuple(teacher.target_widths)))
+    student = model.Student(replace(model.PRESETS[size], head_dims=tuple(teacher.widths)))
     optimizer = pretrain_kd.new_optimizer(student.to(device), 1e-3)
     options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
     ways = {

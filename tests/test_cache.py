@@ -416,7 +416,7 @@ def test_options_that_do_not_fit_are_one_line(arguments, teacher_folders, tmp_pa
         (["--weights", "1", "0"], "--weights", "above 0"),
         (["--teachers", hubert, hubert], "twice"),
         (["--teachers", f"{hubert}:7", wide], "layer '7'", ":0 to"),
-        (["--teachers", hubert, wide, "--combine", "random"], "one width, found 32, 144"),
+        (["--teachers", hubert, wide, "--combine", "random"], "one width, found 32, 320"),
     ):
         assert pretrain(arguments, tmp_path / "out", *more) == 2
         error = capsys.readouterr().err.strip()

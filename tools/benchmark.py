@@ -309,9 +309,7 @@ def benchmark_teacher(args):
         )
         cached = replace(live, utterances=chosen, caches=caches)
         batch = live.load(0, indices).to(DEVICE)
-        for teacher in teachers:
-            teacher.measure_components([teacher.embed(batch.waveforms)])
-        widths = [width for teacher in teachers for width in teacher.target_widths]
+        widths = [width for teacher in teachers for width in teacher.widths]
         config = replace(model.PRESETS[args.size], dropout=0.0, head_dims=tuple(widths))
         student = model.Student(config).to(DEVICE)
         optimizer = pretrain_kd.new_optimizer(student, 1e-3)
