@@ -84,17 +84,16 @@ def valid_mask(lengths, size):
 
 
 def encoder_frames(feature_frames):
-    """F, a number or a tensor -> T: three frames of log-mel make one of the encoder, two make none"""
+    """F -> T, numbers or tensors: three frames of log-mel make one of the encoder, two make none"""
     return (feature_frames + 1) // 4
 
 
 class Subsampling(nn.Module):
     """One convolution over patches of 7 frames x 8 bins, stride 4 in time and in frequency.
 
-    100 Hz -> 25 Hz. Frame t sees the feature frames 4t - 1 to 4t + 5 and is
-    centred on 4t + 2, the middle of its 40 ms: the instant on which the teachers' embeddings of
-    frame t are centred. Two 3x3 convolutions of stride 2 see the same frames, at five times the
-    cost. [ours]
+    100 Hz -> 25 Hz. Frame t sees the feature frames 4t - 1 to 4t + 5 and is centred on 4t + 2, the
+    middle of its 40 ms: the instant on which the teachers' embeddings of frame t are centred. Two
+    3x3 convolutions of stride 2 see the same frames, at five times the cost. [ours]
     """
 
     def __init__(self, config):

@@ -316,7 +316,7 @@ def parse(argv):
 
 
 def new_optimizer(student, lr):
-    """Muon takes the blocks' matrices; AdamW the biases, the norms, the input layers and the heads."""
+    """Muon takes the blocks' matrices, AdamW the biases, norms, input layers and heads."""
     matrices, others = split_matrices(student.encoder)
     others += parameters_outside(student, student.encoder)
     return Muon([{"params": others}, {"params": matrices, "muon": True}], lr)
