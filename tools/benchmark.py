@@ -167,17 +167,6 @@ def demo_batch(utterances, batch_seconds, **options):
     return loader, loader.batches(0)[0]
 
 
-def stage1_step(student, batch, targets):
-    """Forward and backward of stage 1."""
-    with autocast(DEVICE, DTYPE):
-        hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
-        loss = 0
-        for head, target in zip(student.heads, targets):
-            loss = loss + model.l1_loss(head(hidden).float(), target, lengths)
-    student.zero_grad()
-    (loss / lengths.sum()).backward()
-
-
 class Stopwatch:
     """stopwatch(name) notes the seconds since it was made or last called."""
 
@@ -193,11 +182,12 @@ class Stopwatch:
         self.last = now
 
 
-def stage1_parts(student, optimizer, loader, indices, targets):
-    """An update of stage 1 whose teachers come from a cache -> {part: seconds}"""
-    part = Stopwatch()
-    batch = loader.load(0, indices).to(DEVICE)
-    part("data")
+def untimed(name):
+    """For a step of which nobody wants to know the parts"""
+
+
+def stage1_step(student, targets, batch, part=untimed):
+    """Forward and backward of stage 1; part(name) is called when a part is done."""
     with autocast(DEVICE, DTYPE):
         hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
         part("encoder")
@@ -208,31 +198,31 @@ def stage1_parts(student, optimizer, loader, indices, targets):
     student.zero_grad()
     (loss / lengths.sum()).backward()
     part("backward")
-    optimizer.step()
-    part("optimizer")
-    return part.seconds
 
 
-def stage2_parts(student, optimizer, loader, indices):
-    """An update of stage 2 -> {part: seconds}"""
-    part = Stopwatch()
-    batch = loader.load(0, indices).to(DEVICE)
-    part("data")
+def stage2_step(student, batch, part=untimed):
+    """The same of stage 2"""
     with autocast(DEVICE, DTYPE):
         hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
         part("encoder")
         predicted = student.predict(batch.targets)
         part("predictor")
         labelled = batch.targets, lengths, batch.target_lengths
-        loss = model.transducer_loss_from_joiner(
-            student.joiner, hidden, predicted, *labelled, reduction="sum"
-        )
+        loss = model.transducer_loss_from_joiner(student.joiner, hidden, predicted, *labelled)
         part("joiner and transducer loss")
-        loss = loss + 0.3 * model.ctc_loss(student.ctc(hidden), *labelled).sum()
+        loss = loss + 0.3 * model.ctc_loss(student.ctc(hidden), *labelled).mean()
         part("CTC")
     student.zero_grad()
-    (loss / len(lengths)).backward()
+    loss.backward()
     part("backward")
+
+
+def time_update(step, optimizer, loader, indices):
+    """An update with the data of its batch; step(batch, part) as above -> {part: seconds}"""
+    part = Stopwatch()
+    batch = loader.load(0, indices).to(DEVICE)
+    part("data")
+    step(batch, part)
     optimizer.step()
     part("optimizer")
     return part.seconds
@@ -278,12 +268,14 @@ def benchmark_train(args):
     targets = [torch.randn(*hidden.shape[:2], head.out_features) for head in student.heads]
     targets = [target.to(DEVICE) for target in targets]
     optimizer = pretrain_kd.new_optimizer(student, 1e-3)
-    update = functools.partial(stage1_parts, student, optimizer, loader, indices, targets)
+    step = functools.partial(stage1_step, student, targets)
+    update = functools.partial(time_update, step, optimizer, loader, indices)
     print_parts("stage 1 from a cache", update, repeat)
     print()
     student = model.Student(replace(config, vocab_size=tokenizer.get_vocab_size())).to(DEVICE)
     optimizer = pretrain_kd.new_optimizer(student, 1e-3)
-    update = functools.partial(stage2_parts, student, optimizer, loader, indices)
+    step = functools.partial(stage2_step, student)
+    update = functools.partial(time_update, step, optimizer, loader, indices)
     print_parts("stage 2", update, repeat)
 
 
@@ -320,7 +312,7 @@ def benchmark_teacher(args):
             one = loader.load(0, some).to(DEVICE)
             if targets is None:
                 targets = pretrain_kd.teacher_targets(teachers, one)
-            stage1_step(student, one, targets)
+            stage1_step(student, targets, one)
             optimizer.step()
 
         ways = {}
