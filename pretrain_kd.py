@@ -18,6 +18,7 @@ No transcripts are needed. On the demo expect an L1 of about 0.37 and 0.35 on vo
 
 from tools import quiet_start  # noqa: F401  (first: Ctrl-C while the rest is imported)
 
+import functools
 import itertools
 import math
 import sys
@@ -68,7 +69,6 @@ class Teacher:
         self.dim = sum(self.widths)
         self.mean = torch.zeros(self.dim, device=self.device)
         self.std = torch.ones(self.dim, device=self.device)
-        self.fingerprint = self.embed_noise()
 
     def __str__(self):
         return f"{self.spec}: {self.encoder}, target {' + '.join(map(str, self.widths))} wide"
@@ -119,7 +119,8 @@ class Teacher:
         self.mean = mean.float().to(self.device)
         self.std = variance.clamp(min=1e-10).sqrt().float().to(self.device)
 
-    def embed_noise(self):
+    @functools.cached_property
+    def fingerprint(self):
         """64 numbers of the embedding of a fixed second of noise: those of other weights, layers
         or libraries differ"""
         embeddings, _ = self.embed([noise(data.SAMPLE_RATE)])

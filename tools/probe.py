@@ -24,6 +24,11 @@ from tools.word_errors import Errors, word_errors
 SECONDS = (480, 120)  # of audio that the linear layer learns from and is scored on
 
 
+def mean_and_deviation(frames):
+    """(N, D) -> (D,) each; no deviation is 0, so that one can divide by it"""
+    return frames.mean(0), frames.std(0).clamp(min=1e-5)
+
+
 def character_errors(train, dev, epochs=30):
     """A linear CTC layer learns to read characters off frames -> percent that are wrong in dev
 
@@ -31,8 +36,7 @@ def character_errors(train, dev, epochs=30):
     """
     letters = sorted({letter for _, text in train for letter in text})
     frames = torch.cat([x for x, _ in train])
-    mean = frames.mean(0)
-    std = frames.std(0).clamp(min=1e-5)
+    mean, std = mean_and_deviation(frames)
     inputs = [(x - mean) / std for x, _ in train]
     targets = []
     for _, text in train:
@@ -121,8 +125,8 @@ def reachable_variance(targets, rank):
     """
     standardised = []
     for x in targets:
-        x = (x - x.mean(0)) / x.std(0).clamp(min=1e-5)
-        standardised.append(x / math.sqrt(x.shape[1]))
+        mean, std = mean_and_deviation(x)
+        standardised.append((x - mean) / std / math.sqrt(x.shape[1]))
 
     def kept(x):
         """The part of (N, D) that its first `rank` principal components hold"""
@@ -145,9 +149,9 @@ def predicted_variance(source, target):
 
     source, target: pairs of frames to learn from (N, D) and to score (M, D).
     """
-    mean, std = source[0].mean(0), source[0].std(0).clamp(min=1e-5)
+    mean, std = mean_and_deviation(source[0])
     x, x_dev = [(x - mean) / std for x in source]
-    mean, std = target[0].mean(0), target[0].std(0).clamp(min=1e-5)
+    mean, std = mean_and_deviation(target[0])
     y, y_dev = [(y - mean) / std for y in target]
     # Ridge regression.
     gram = x.T @ x + 0.01 * len(x) * torch.eye(x.shape[1])
@@ -261,7 +265,8 @@ def main(argv=None):
     args.batch_seconds = 24.0
     training, development = data.load_training_data(args)
     # A student is fast, so more can be scored.
-    train, dev, transcribed = load_batches(training, development, 24.0, (SECONDS[0], 600))
+    seconds = (SECONDS[0], 600)
+    train, dev, transcribed = load_batches(training, development, args.batch_seconds, seconds)
     if not transcribed:
         raise UserError("--data and --dev must be transcribed")
     print("| student | characters wrong |\n|---|---|")

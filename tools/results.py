@@ -482,7 +482,11 @@ def parse(argv):
         f"Of the demo: {demo_names}",
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=count, default=[0], help="of stage 2 (default 0)"
+        "--seeds",
+        nargs="+",
+        type=count,
+        default=[0],
+        help="of stage 2, of the demo of both stages (default 0)",
     )
     parser.add_argument(
         "--out", type=Path, help="default exp/results, of the demo exp/results-demo"
