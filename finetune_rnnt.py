@@ -38,7 +38,7 @@ from tools.command_line import (
     positive_float,
     positive_int,
 )
-from tools.muon import Muon, parameters_outside, split_matrices
+from tools.muon import Muon, matrices_of, parameters_but
 
 FROZEN = 0.1  # share of the updates in which an inherited encoder waits for the new, random parts
 LEARNING_RATES = {  # peak rates of (predictor, joiner and CTC head; encoder), by what is inherited
@@ -239,15 +239,19 @@ def prepare_bert(args, run, train_set, student):
 
 
 def new_optimizer(args, student, decoder, inherits):
-    """Inherited parts and new ones have learning rates of their own."""
+    """Inherited parts and new ones have learning rates of their own. Of both, Muon takes the
+    matrices: the transducer learns twice as fast as when AdamW takes the new ones."""
     new_lr = args.lr or LEARNING_RATES[inherits][0]
     encoder_lr = args.encoder_lr or LEARNING_RATES[inherits][1]
-    new = parameters_outside(student, student.encoder)
+    new_matrices = matrices_of(student.predictor, student.joiner)
+    new = parameters_but([*student.encoder.parameters(), *new_matrices], student)
     if decoder:
         new += decoder.parameters()
-    matrices, others = split_matrices(student.encoder)
+    matrices = matrices_of(student.encoder.blocks)
+    others = parameters_but(matrices, student.encoder)
     groups = [
         {"params": new},
+        {"params": new_matrices, "muon": True},
         {"params": others, "lr": encoder_lr},
         {"params": matrices, "lr": encoder_lr, "muon": True},
     ]

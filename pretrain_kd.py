@@ -34,7 +34,7 @@ from tools import probe, teacher_cache, training
 from tools.command_line import Parser, UserError, one_line_errors, positive_float
 from tools.encoders import SpeechEncoder, noise
 from tools.machine import choose_device, fast_dtype
-from tools.muon import Muon, parameters_outside, split_matrices
+from tools.muon import Muon, matrices_of, parameters_but
 
 
 # ---------------------------------------- a teacher
@@ -318,8 +318,8 @@ def parse(argv):
 
 def new_optimizer(student, lr):
     """Muon takes the blocks' matrices, AdamW the biases, norms, input layers and heads."""
-    matrices, others = split_matrices(student.encoder)
-    others += parameters_outside(student, student.encoder)
+    matrices = matrices_of(student.encoder.blocks)
+    others = parameters_but(matrices, student)
     return Muon([{"params": others}, {"params": matrices, "muon": True}], lr)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from model import Config, Student
 from tools import muon
-from tools.muon import Muon, orthogonalise, parameters_outside, split_matrices
+from tools.muon import Muon, matrices_of, orthogonalise, parameters_but
 
 DECAY = 1e-2
 
@@ -26,9 +26,26 @@ def test_orthogonalised_is_nearly_u_times_v(shape):
 
 def groups_of(student):
     """As stage 2 has them: what is new, and the encoder's vectors and matrices at their own rate"""
-    new = parameters_outside(student, student.encoder)
-    matrices, others = split_matrices(student.encoder)
+    matrices = matrices_of(student.encoder.blocks)
+    others = parameters_but(matrices, student.encoder)
+    new = parameters_but(student.encoder.parameters(), student)
     return new, others, matrices
+
+
+def test_muon_takes_the_matrices_between_hidden_states():
+    student = Student(Config(vocab_size=20))
+    names = {id(p): name for name, p in student.named_parameters()}
+    matrices = matrices_of(student.predictor, student.joiner)
+    assert {names[id(p)] for p in matrices} == {
+        "predictor.lstm.weight_ih_l0",
+        "predictor.lstm.weight_hh_l0",
+        "joiner.project_hidden.weight",
+        "joiner.project_predicted.weight",
+        "joiner.out.weight",
+    }
+    others = parameters_but(matrices, student)
+    assert len(others) + len(matrices) == len(names)
+    assert "predictor.embedding.weight" in {names[id(p)] for p in others}
 
 
 def our_optimizer(student):

@@ -1,5 +1,4 @@
-"""The optimizer of both stages: Muon for the matrices of the encoder's blocks, AdamW for the
-rest."""
+"""The optimizer of both stages: Muon for matrices between hidden states, AdamW for the rest."""
 
 import math
 
@@ -10,18 +9,20 @@ from tools.machine import fast_dtype
 EVERY = 4  # updates, in one of which a matrix takes its step
 
 
-def split_matrices(encoder):
-    """-> (the matrices of an encoder's blocks, its other parameters)"""
-    matrices = [p for p in encoder.blocks.parameters() if p.dim() == 2]
-    known = set(map(id, matrices))
-    others = [p for p in encoder.parameters() if id(p) not in known]
-    return matrices, others
+def matrices_of(*modules):
+    """-> the matrices of their layers. An embedding is none: it is a table of vectors."""
+    matrices = []
+    for module in modules:
+        for layer in module.modules():
+            if not isinstance(layer, torch.nn.Embedding):
+                matrices += [p for p in layer.parameters(recurse=False) if p.dim() == 2]
+    return matrices
 
 
-def parameters_outside(student, encoder):
-    """The parameters of a student that are not its encoder's: heads, predictor ..."""
-    known = set(map(id, encoder.parameters()))
-    return [p for p in student.parameters() if id(p) not in known]
+def parameters_but(known, module):
+    """-> the parameters of a module that are not among those"""
+    known = set(map(id, known))
+    return [p for p in module.parameters() if id(p) not in known]
 
 
 class Muon(torch.optim.AdamW):

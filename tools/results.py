@@ -72,6 +72,7 @@ BERT = "--bert {bert}"
 ONE_BEST = "--teacher-transducer {seed0}"
 ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2}"
 TWICE_STAGE_2 = "--steps 2400 --eval-every 600"
+LONGER_STAGE_1 = "--steps 14400 --eval-every 2400"
 LONGER_STAGE_2 = "--steps 3600 --eval-every 900"
 ALL_THREE = "{tiny} {base} {moonshine}"
 
@@ -87,11 +88,14 @@ LAB_STUDENTS = {
     "moonshine-ocean": Student("{moonshine}", "1h rest ocean"),
     "two-more": Student("{base} {moonshine}", "1h rest"),
     "three-more": Student(ALL_THREE, "1h rest"),
-    "three-longer": Student(ALL_THREE, "1h rest", "--steps 14400 --eval-every 2400"),
+    "base-longer": Student("{base}", "1h rest", LONGER_STAGE_1),
+    "two-longer": Student("{base} {moonshine}", "1h rest", LONGER_STAGE_1),
+    "three-longer": Student(ALL_THREE, "1h rest", LONGER_STAGE_1),
     "base-more-streaming": Student("{base}", "1h rest", STREAMING),
     "three-more-streaming": Student(ALL_THREE, "1h rest", STREAMING),
 }
 
+ONE = "Whisper base, + 6.2 h unlabelled"
 TWO = "Whisper base + Moonshine, + 6.2 h unlabelled"
 THREE = "all three, + 6.2 h unlabelled"
 LONGER = f"{THREE}, 14,400 + 3,600 updates"
@@ -105,13 +109,15 @@ LAB_ROWS = (
     Row("Moonshine", "moonshine", "1h"),
     Row("all three", "three", "1h"),
     Row("Whisper tiny.en, + 6.2 h unlabelled", "tiny-more", "1h"),
-    Row("Whisper base, + 6.2 h unlabelled", "base-more", "1h"),
+    Row(ONE, "base-more", "1h"),
     Row("Moonshine, + 6.2 h unlabelled", "moonshine-more", "1h"),
     Row("Moonshine, + 6.2 h unlabelled: layer 3 of 6", "moonshine-layer-3", "1h"),
     Row(OCEAN, "moonshine-ocean", "1h"),
     Row(TWO, "two-more", "1h"),
-    Row("Whisper base, + 6.2 h unlabelled, 2,400 updates", "base-more", "1h", TWICE_STAGE_2),
-    Row(f"{TWO}, 2,400 updates", "two-more", "1h", TWICE_STAGE_2),
+    Row(f"{ONE}, 14,400 + 1,200 updates", "base-longer", "1h"),
+    Row(f"{TWO}, 14,400 + 1,200 updates", "two-longer", "1h"),
+    Row(f"{ONE}, 14,400 + 3,600 updates", "base-longer", "1h", LONGER_STAGE_2),
+    Row(f"{TWO}, 14,400 + 3,600 updates", "two-longer", "1h", LONGER_STAGE_2),
     Row(THREE, "three-more", "1h"),
     Row(f"{THREE}, 2,400 updates", "three-more", "1h", TWICE_STAGE_2),
     Row(LONGER, "three-longer", "1h", LONGER_STAGE_2),
@@ -148,6 +154,14 @@ DEMO_STUDENTS = {
     "whisper": Student(DEMO_WHISPER, "train unlabelled"),
     "two": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled"),
     "two-streaming": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled", STREAMING),
+    # Made by demo/half_teachers.py.
+    "low": Student("{low}", "train unlabelled"),
+    "high": Student("{high}", "train unlabelled"),
+    "whole": Student("{whole}", "train unlabelled"),
+    "low-high": Student("{low} {high}", "train unlabelled"),
+    "low-high-average": Student("{low} {high}", "train unlabelled", "--combine average"),
+    "low-high-random": Student("{low} {high}", "train unlabelled", "--combine random"),
+    "whole-again": Student("{whole} {again}", "train unlabelled"),
 }
 DEMO_ROWS = (
     Row("no KD", "none", "train"),
@@ -165,6 +179,13 @@ DEMO_ROWS = (
     Row("+ one-best path, BERT, K2D", "two", "train pseudo", f"{ONE_BEST} {BERT}"),
     Row("streaming, no KD", "none", "train", STREAMING),
     Row("streaming, two teachers", "two-streaming", "train"),
+    Row("low", "low", "train"),
+    Row("high", "high", "train"),
+    Row("low + high", "low-high", "train"),
+    Row("low + high, average", "low-high-average", "train"),
+    Row("low + high, random", "low-high-random", "train"),
+    Row("whole", "whole", "train"),
+    Row("whole + again", "whole-again", "train"),
 )
 DEMO = Protocol(
     DEMO_STUDENTS,
@@ -292,6 +313,8 @@ class Results:
         self.out = out
         self.rows = {row.name: row for row in protocol.rows}
         self.names = {**models, "cache": out / "cache"}
+        for name in ("Low", "High", "Whole", "Again"):
+            self.names[name.lower()] = f"{data.DEMO}/half_teachers.py:{name}"
         for seed in (0, 1, 2):
             self.names[f"seed{seed}"] = self.folder(protocol.teacher, seed)
 
