@@ -1,34 +1,33 @@
-"""Teachers that know different things, made to order: when do several teachers pay? (RESULTS.md)
+"""Two teachers that see different things and know the same: do they pay? (They do not: RESULTS.md)
 
-    for NAME in low high whole again; do python -m demo.half_teachers $NAME; done   # 4 minutes each
-    python -m tools.results --rows "low" "high" "low + high" "whole" "whole + again" --seeds 0 1 2
+    python -m demo.half_teachers low       # 4 minutes each, into exp/low and exp/high
+    python -m demo.half_teachers high
+    python -m tools.results --rows "low" "high" "low + high" --seeds 0 1 2
 
-Each is a student of the demo's HuBERT, learned without transcripts: `low` sees the lower half of
-the 80 log-mel bins (up to 1.7 kHz), `high` the upper half, `whole` and `again` see all of them and
-differ in their seeds alone. As teachers they are modules of one's own, in the runs exp/NAME:
-"demo/half_teachers.py:Low" and so on.
+Each is a student of the demo's HuBERT, made by stage 1: `low` sees the lower half of the 80 log-mel
+bins, up to 1.7 kHz, `high` the upper half. As teachers they are modules of one's own:
+"demo/half_teachers.py:Low" and "demo/half_teachers.py:High".
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import data
 import model
-from tools.command_line import Parser, one_line_errors
+from tools.command_line import Parser, UserError, one_line_errors
 
-BINS = {"low": (0, 40), "high": (40, 80), "whole": (0, 80), "again": (0, 80)}
-SEEDS = {"low": 0, "high": 0, "whole": 0, "again": 1}
+BINS = {"low": slice(0, 40), "high": slice(40, 80)}
 
 
-def log_mel_of(name, waveform, log_mel=data.log_mel):
-    """(S,) -> (F, 80), where the bins that a teacher does not see are 0, about their mean"""
-    first, last = BINS[name]
+def half_of_log_mel(name, waveform, log_mel=data.log_mel):
+    """(S,) -> log-mel (F, 80), where the bins of the other half are 0, about their mean"""
     features = log_mel(waveform)
-    seen = torch.zeros_like(features)
-    seen[:, first:last] = features[:, first:last]
-    return seen
+    half = torch.zeros_like(features)
+    half[:, BINS[name]] = features[:, BINS[name]]
+    return half
 
 
 class HalfTeacher(torch.nn.Module):
@@ -36,13 +35,16 @@ class HalfTeacher(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.student = model.load_student(model.load_checkpoint(f"exp/{self.name}"))
+        run = Path("exp") / self.name
+        if not run.exists():
+            raise UserError(f"{run} is missing; make it: python -m demo.half_teachers {self.name}")
+        self.student = model.load_student(model.load_checkpoint(run))
 
     def forward(self, waveforms, lengths):
         """waveforms (B, S), lengths (B,) -> hidden states (B, T, d), lengths (B,)"""
         features = []
         for waveform, length in zip(waveforms, lengths.tolist()):
-            features.append(log_mel_of(self.name, waveform[:length].float()))
+            features.append(half_of_log_mel(self.name, waveform[:length].float()))
         frames = torch.tensor([len(x) for x in features], device=waveforms.device)
         return self.student.encoder(pad_sequence(features, batch_first=True), frames)
 
@@ -55,27 +57,18 @@ class High(HalfTeacher):
     name = "high"
 
 
-class Whole(HalfTeacher):
-    name = "whole"
-
-
-class Again(HalfTeacher):
-    name = "again"
-
-
 @one_line_errors
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("name", choices=list(BINS))
     args = parser.parse_args(argv)
-    import pretrain_kd  # not above: that would load this file, as a teacher, into itself
+    import pretrain_kd  # not above: stage 1 loads this file, too, as a teacher
 
-    # Stage 1 as it is, but its student sees these bins.
-    data.log_mel = lambda waveform: log_mel_of(args.name, waveform)
+    # Stage 1 as it is, but its student sees half of the bins.
+    data.log_mel = lambda waveform: half_of_log_mel(args.name, waveform)
     hubert = str(data.DEMO / "teachers/hubert")
-    options = ["--teachers", hubert, "--cache", "exp/results-demo/cache"]
-    options += ["--seed", str(SEEDS[args.name]), "--out", f"exp/{args.name}"]
-    return pretrain_kd.main(options)
+    cache = "exp/results-demo/cache"  # that of tools/results.py
+    return pretrain_kd.main(["--teachers", hubert, "--cache", cache, "--out", f"exp/{args.name}"])
 
 
 if __name__ == "__main__":

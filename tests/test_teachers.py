@@ -669,6 +669,30 @@ class FakeTeacher:
         return embeddings, torch.tensor([len(w) // 640 for w in waves])
 
 
+def test_each_half_teacher_sees_its_half(tmp_path, monkeypatch):
+    """demo/half_teachers.py: a tone changes the embeddings of the teacher that sees it, only."""
+    monkeypatch.chdir(tmp_path)
+    half_teachers = DEMO / "half_teachers.py"
+    with pytest.raises(UserError, match="python -m demo.half_teachers low"):
+        Teacher(f"{half_teachers}:Low")
+    config = model.Config(layers=1, channels=8)
+    for name in ("low", "high"):
+        (tmp_path / "exp" / name).mkdir(parents=True)
+        weights = model.Student(config).state_dict()
+        model.save_checkpoint(tmp_path / "exp" / name / "best.pt", config=config, model=weights)
+    time = torch.arange(data.SAMPLE_RATE) / data.SAMPLE_RATE
+    [waveform] = noise(1.0)
+    changes = {}
+    for title in ("Low", "High"):
+        teacher = Teacher(f"{half_teachers}:{title}")
+        before, _ = teacher.embed([waveform])
+        for hertz in (500, 5000):
+            after, _ = teacher.embed([waveform + torch.sin(2 * torch.pi * hertz * time)])
+            changes[title, hertz] = (after - before).norm()
+    assert changes["Low", 500] > 10 * changes["Low", 5000]
+    assert changes["High", 5000] > 10 * changes["High", 500]
+
+
 def test_combine():
     batch = types.SimpleNamespace(embeddings=[], waveforms=[torch.zeros(6400), torch.zeros(3200)])
     teachers = [FakeTeacher(1), FakeTeacher(5, 9)]

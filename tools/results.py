@@ -1,7 +1,7 @@
 """The rows of RESULTS.md. One command repeats a row, or all: real speech and teachers, or the demo.
 
     python -m tools.results --bert google/bert_uncased_L-2_H-128_A-2   # the demo: an hour a seed
-    python -m tools.results --lab LAB                                  # twelve hours on a CPU core
+    python -m tools.results --lab LAB                                  # fifteen hours on a CPU core
     python -m tools.results --lab LAB --rows "no KD" "Whisper base" --seeds 0 1 2
     python -m tools.results --lab LAB --rows --figure results.png      # trains nothing
 
@@ -34,8 +34,8 @@ FINAL_SPEAKERS = ["2035", "2086", "2412", "2803", "652"]
 # ---------------------------------------- the rows
 
 # In teachers, audio and options, words in braces are filled in by `Results`: {tiny}, {base},
-# {moonshine} and {bert} are models, {cache} is a folder, {seed} is the row's own seed, {seed0} is
-# the transducer of the protocol's row `teacher` with seed 0.
+# {moonshine}, {bert}, {low} and {high} are models, {cache} is a folder, {seed} is the row's own
+# seed, {seed0} is the transducer of the protocol's row `teacher` with seed 0.
 
 
 @dataclass(frozen=True)
@@ -71,78 +71,67 @@ STREAMING = "--chunk 16"
 BERT = "--bert {bert}"
 ONE_BEST = "--teacher-transducer {seed0}"
 ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2}"
-TWICE_STAGE_2 = "--steps 2400 --eval-every 600"
-LONGER_STAGE_1 = "--steps 14400 --eval-every 2400"
 LONGER_STAGE_2 = "--steps 3600 --eval-every 900"
+TWO_TEACHERS = "{base} {moonshine}"
 ALL_THREE = "{tiny} {base} {moonshine}"
 
 LAB_STUDENTS = {
     "tiny": Student("{tiny}", "1h"),
     "base": Student("{base}", "1h"),
     "moonshine": Student("{moonshine}", "1h"),
-    "three": Student(ALL_THREE, "1h"),
+    "two": Student(TWO_TEACHERS, "1h"),
     "tiny-more": Student("{tiny}", "1h rest"),
     "base-more": Student("{base}", "1h rest"),
     "moonshine-more": Student("{moonshine}", "1h rest"),
     "moonshine-layer-3": Student("{moonshine}:3", "1h rest"),
     "moonshine-ocean": Student("{moonshine}", "1h rest ocean"),
-    "two-more": Student("{base} {moonshine}", "1h rest"),
+    "two-more": Student(TWO_TEACHERS, "1h rest"),
     "three-more": Student(ALL_THREE, "1h rest"),
-    "base-longer": Student("{base}", "1h rest", LONGER_STAGE_1),
-    "two-longer": Student("{base} {moonshine}", "1h rest", LONGER_STAGE_1),
-    "three-longer": Student(ALL_THREE, "1h rest", LONGER_STAGE_1),
     "base-more-streaming": Student("{base}", "1h rest", STREAMING),
-    "three-more-streaming": Student(ALL_THREE, "1h rest", STREAMING),
+    "two-more-streaming": Student(TWO_TEACHERS, "1h rest", STREAMING),
 }
 
 ONE = "Whisper base, + 6.2 h unlabelled"
 TWO = "Whisper base + Moonshine, + 6.2 h unlabelled"
 THREE = "all three, + 6.2 h unlabelled"
-LONGER = f"{THREE}, 14,400 + 3,600 updates"
+BEST = f"{TWO}, 3,600 updates, one-best path, K2D"
 OCEAN = "Moonshine, + 6.2 h unlabelled + 2.9 h of speechocean762"
 LAB_ROWS = (
     Row("no KD", "none", "1h"),
-    # A run of stage 2 with the time of both stages of the others.
     Row("no KD, 3,600 updates", "none", "1h", LONGER_STAGE_2),
     Row("Whisper tiny.en", "tiny", "1h"),
     Row("Whisper base", "base", "1h"),
     Row("Moonshine", "moonshine", "1h"),
-    Row("all three", "three", "1h"),
+    Row("Whisper base + Moonshine", "two", "1h"),
     Row("Whisper tiny.en, + 6.2 h unlabelled", "tiny-more", "1h"),
     Row(ONE, "base-more", "1h"),
     Row("Moonshine, + 6.2 h unlabelled", "moonshine-more", "1h"),
     Row("Moonshine, + 6.2 h unlabelled: layer 3 of 6", "moonshine-layer-3", "1h"),
     Row(OCEAN, "moonshine-ocean", "1h"),
     Row(TWO, "two-more", "1h"),
-    Row(f"{ONE}, 14,400 + 1,200 updates", "base-longer", "1h"),
-    Row(f"{TWO}, 14,400 + 1,200 updates", "two-longer", "1h"),
-    Row(f"{ONE}, 14,400 + 3,600 updates", "base-longer", "1h", LONGER_STAGE_2),
-    Row(f"{TWO}, 14,400 + 3,600 updates", "two-longer", "1h", LONGER_STAGE_2),
     Row(THREE, "three-more", "1h"),
-    Row(f"{THREE}, 2,400 updates", "three-more", "1h", TWICE_STAGE_2),
-    Row(LONGER, "three-longer", "1h", LONGER_STAGE_2),
-    Row(
-        f"{LONGER}, one-best path, K2D", "three-longer", "1h pseudo", f"{LONGER_STAGE_2} {ONE_BEST}"
-    ),
-    Row("+ one-best path", "three-more", "1h", ONE_BEST),
-    Row("+ essence of three", "three-more", "1h", f"{ENSEMBLE} --essence-top-k 4"),
-    Row("+ BERT", "three-more", "1h", BERT),
-    Row("+ K2D pseudo-labels of 1.9 h", "three-more", "1h pseudo"),
-    Row("+ one-best path, K2D", "three-more", "1h pseudo", ONE_BEST),
-    Row("+ one-best path, BERT, K2D", "three-more", "1h pseudo", f"{ONE_BEST} {BERT}"),
+    Row(f"{ONE}, 3,600 updates", "base-more", "1h", LONGER_STAGE_2),
+    Row(f"{TWO}, 3,600 updates", "two-more", "1h", LONGER_STAGE_2),
+    Row(BEST, "two-more", "1h pseudo", f"{LONGER_STAGE_2} {ONE_BEST}"),
+    Row("+ one-best path", "two-more", "1h", ONE_BEST),
+    Row("+ essence of three", "two-more", "1h", f"{ENSEMBLE} --essence-top-k 4"),
+    Row("+ BERT", "two-more", "1h", BERT),
+    Row("+ K2D pseudo-labels of 1.9 h", "two-more", "1h pseudo"),
+    Row("+ one-best path, K2D", "two-more", "1h pseudo", ONE_BEST),
+    Row("+ one-best path, BERT, K2D", "two-more", "1h pseudo", f"{ONE_BEST} {BERT}"),
     Row("streaming, no KD", "none", "1h", STREAMING),
     Row("streaming, Whisper base, + 6.2 h unlabelled", "base-more-streaming", "1h"),
-    Row("streaming, all three, + 6.2 h unlabelled", "three-more-streaming", "1h"),
+    Row("streaming, Whisper base + Moonshine, + 6.2 h unlabelled", "two-more-streaming", "1h"),
     Row("10 min labelled, no KD", "none", "10min"),
-    Row("10 min labelled, all three, + 7 h unlabelled", "three-more", "10min"),
+    Row("10 min labelled, two teachers, + 7 h unlabelled", "two-more", "10min"),
     Row("5.3 h labelled, no KD", "none", "5h"),
-    Row("5.3 h labelled, all three, + 1.9 h unlabelled", "three-more", "5h"),
+    Row("5.3 h labelled, two teachers, + 1.9 h unlabelled", "two-more", "5h"),
 )
 LAB = Protocol(
     LAB_STUDENTS,
     LAB_ROWS,
-    teacher=THREE,
-    pretrain="--steps 4800 --eval-every 800 --cache {cache} --speeds 1",
+    teacher=TWO,
+    pretrain="--steps 14400 --eval-every 2400 --cache {cache} --speeds 1",
     finetune="--steps 1200 --eval-every 300",
     pseudo=("part", "{moonshine}", "{tiny}"),
 )
@@ -154,14 +143,12 @@ DEMO_STUDENTS = {
     "whisper": Student(DEMO_WHISPER, "train unlabelled"),
     "two": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled"),
     "two-streaming": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled", STREAMING),
-    # Made by demo/half_teachers.py.
+    # Their teachers are made by demo/half_teachers.py.
     "low": Student("{low}", "train unlabelled"),
     "high": Student("{high}", "train unlabelled"),
-    "whole": Student("{whole}", "train unlabelled"),
     "low-high": Student("{low} {high}", "train unlabelled"),
     "low-high-average": Student("{low} {high}", "train unlabelled", "--combine average"),
     "low-high-random": Student("{low} {high}", "train unlabelled", "--combine random"),
-    "whole-again": Student("{whole} {again}", "train unlabelled"),
 }
 DEMO_ROWS = (
     Row("no KD", "none", "train"),
@@ -184,8 +171,6 @@ DEMO_ROWS = (
     Row("low + high", "low-high", "train"),
     Row("low + high, average", "low-high-average", "train"),
     Row("low + high, random", "low-high-random", "train"),
-    Row("whole", "whole", "train"),
-    Row("whole + again", "whole-again", "train"),
 )
 DEMO = Protocol(
     DEMO_STUDENTS,
@@ -199,21 +184,20 @@ DEMO = Protocol(
 # The picture: curves of these rows on the left, hours of labels against WER on the right.
 CURVES = (
     "no KD, 3,600 updates",
-    "Whisper base",
-    "Whisper base, + 6.2 h unlabelled",
-    THREE,
+    ONE,
+    TWO,
     "+ one-best path",
-    LONGER,
-    f"{LONGER}, one-best path, K2D",
+    f"{TWO}, 3,600 updates",
+    BEST,
     "streaming, Whisper base, + 6.2 h unlabelled",
 )
 HOURS = (1 / 6, 1, 5.3)
 BY_HOURS = {
     "no KD": ("10 min labelled, no KD", "no KD", "5.3 h labelled, no KD"),
-    "three teachers, 7.2 h of audio": (
-        "10 min labelled, all three, + 7 h unlabelled",
-        THREE,
-        "5.3 h labelled, all three, + 1.9 h unlabelled",
+    "Whisper base + Moonshine, 7.2 h of audio": (
+        "10 min labelled, two teachers, + 7 h unlabelled",
+        TWO,
+        "5.3 h labelled, two teachers, + 1.9 h unlabelled",
     ),
 }
 
@@ -313,7 +297,7 @@ class Results:
         self.out = out
         self.rows = {row.name: row for row in protocol.rows}
         self.names = {**models, "cache": out / "cache"}
-        for name in ("Low", "High", "Whole", "Again"):
+        for name in ("Low", "High"):
             self.names[name.lower()] = f"{data.DEMO}/half_teachers.py:{name}"
         for seed in (0, 1, 2):
             self.names[f"seed{seed}"] = self.folder(protocol.teacher, seed)
