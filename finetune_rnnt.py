@@ -11,7 +11,7 @@
         + lambda * L_KD                           # --teacher-transducer: methods/essence_kd.py
         + w * L_AED + c * mean L_CTC of layers    # --bert: methods/interaed.py
 
-On the demo expect a test WER of 32 to 40 %, from scratch of about 90 % (RESULTS.md).
+On the demo expect a test WER of 30 to 35 %, from scratch of about 90 % (RESULTS.md).
 """
 
 from tools import quiet_start  # noqa: F401  (first: Ctrl-C while the rest is imported)
