@@ -1,4 +1,4 @@
-"""Two teachers that see different things and know the same: do they pay? (They do not: RESULTS.md)
+"""Two teachers that see different things and know the same: do they pay? (See RESULTS.md.)
 
     python -m demo.half_teachers low       # 4 minutes each, into exp/low and exp/high
     python -m demo.half_teachers high
@@ -22,9 +22,12 @@ from tools.command_line import Parser, UserError, one_line_errors
 BINS = {"low": slice(0, 40), "high": slice(40, 80)}
 
 
-def half_of_log_mel(name, waveform, log_mel=data.log_mel):
+whole_log_mel = data.log_mel  # main replaces that of the module
+
+
+def half_of_log_mel(name, waveform):
     """(S,) -> log-mel (F, 80), where the bins of the other half are 0, about their mean"""
-    features = log_mel(waveform)
+    features = whole_log_mel(waveform)
     half = torch.zeros_like(features)
     half[:, BINS[name]] = features[:, BINS[name]]
     return half

@@ -427,10 +427,13 @@ def training_steps(args):
             if stage == 1:
                 student = model.Student(replace(model.PRESETS[size], head_dims=(1024,))).to(device)
                 step = partial(stage1_step, student, batch, device, dtype)
+                optimizer = pretrain_kd.new_optimizer(student, 1e-3)
             else:
                 student = model.Student(replace(model.PRESETS[size], vocab_size=256)).to(device)
                 step = partial(stage2_step, student, batch, device, dtype)
-            ways = {"step": step, "optimizer": pretrain_kd.new_optimizer(student, 1e-3).step}
+                defaults = finetune_rnnt.parse([])
+                optimizer = finetune_rnnt.new_optimizer(defaults, student, None, "encoder")
+            ways = {"step": step, "optimizer": optimizer.step}
             seconds = benchmark.medians(ways, 1 if args.quick else 5)
             note = f"s of audio per s (the optimizer {1000 * seconds['optimizer']:.0f} ms), "
             note += utilisation(step, seconds["step"], device)

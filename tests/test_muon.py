@@ -25,14 +25,14 @@ def test_orthogonalised_is_nearly_u_times_v(shape):
 
 
 def groups_of(student):
-    """As stage 2 has them: what is new, and the encoder's vectors and matrices at their own rate"""
+    """What is new, and the encoder's vectors and matrices at their own rate"""
     matrices = matrices_of(student.encoder.blocks)
     others = parameters_but(matrices, student.encoder)
     new = parameters_but(student.encoder.parameters(), student)
     return new, others, matrices
 
 
-def test_muon_takes_the_matrices_between_hidden_states():
+def test_muon_takes_all_matrices_of_predictor_and_joiner():
     student = Student(Config(vocab_size=20))
     names = {id(p): name for name, p in student.named_parameters()}
     matrices = matrices_of(student.predictor, student.joiner)

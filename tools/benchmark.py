@@ -22,6 +22,7 @@ import torchaudio
 
 import data
 import decode
+import finetune_rnnt
 import model
 import pretrain_kd
 from tools import teacher_cache
@@ -273,7 +274,8 @@ def benchmark_train(args):
     print_parts("stage 1 from a cache", update, repeat)
     print()
     student = model.Student(replace(config, vocab_size=tokenizer.get_vocab_size())).to(DEVICE)
-    optimizer = pretrain_kd.new_optimizer(student, 1e-3)
+    defaults = finetune_rnnt.parse([])
+    optimizer = finetune_rnnt.new_optimizer(defaults, student, None, "encoder")
     step = functools.partial(stage2_step, student)
     update = functools.partial(time_update, step, optimizer, loader, indices)
     print_parts("stage 2", update, repeat)

@@ -1,4 +1,5 @@
-"""The optimizer of both stages: Muon for matrices between hidden states, AdamW for the rest."""
+"""The optimizer of both stages: Muon for the matrices of blocks, predictor and joiner, AdamW for
+the rest."""
 
 import math
 

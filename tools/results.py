@@ -34,8 +34,8 @@ FINAL_SPEAKERS = ["2035", "2086", "2412", "2803", "652"]
 # ---------------------------------------- the rows
 
 # In teachers, audio and options, words in braces are filled in by `Results`: {tiny}, {base},
-# {moonshine}, {bert}, {low} and {high} are models, {cache} is a folder, {seed} is the row's own
-# seed, {seed0} is the transducer of the protocol's row `teacher` with seed 0.
+# {moonshine} and {bert} are models, {cache} is a folder, {seed} is the row's own seed, {seed0} is
+# the transducer of the protocol's row `teacher` with seed 0.
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,19 @@ LAB = Protocol(
 
 DEMO_WHISPER = f"{data.DEMO}/teachers/whisper"
 DEMO_HUBERT = f"{data.DEMO}/teachers/hubert"
+DEMO_LOW = f"{data.DEMO}/half_teachers.py:Low"
+DEMO_HIGH = f"{data.DEMO}/half_teachers.py:High"
+LOW_AND_HIGH = f"{DEMO_LOW} {DEMO_HIGH}"
 DEMO_STUDENTS = {
     "hubert": Student(DEMO_HUBERT, "train unlabelled"),
     "whisper": Student(DEMO_WHISPER, "train unlabelled"),
     "two": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled"),
     "two-streaming": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled", STREAMING),
-    # Their teachers are made by demo/half_teachers.py.
-    "low": Student("{low}", "train unlabelled"),
-    "high": Student("{high}", "train unlabelled"),
-    "low-high": Student("{low} {high}", "train unlabelled"),
-    "low-high-average": Student("{low} {high}", "train unlabelled", "--combine average"),
-    "low-high-random": Student("{low} {high}", "train unlabelled", "--combine random"),
+    "low": Student(DEMO_LOW, "train unlabelled"),
+    "high": Student(DEMO_HIGH, "train unlabelled"),
+    "low-high": Student(LOW_AND_HIGH, "train unlabelled"),
+    "low-high-average": Student(LOW_AND_HIGH, "train unlabelled", "--combine average"),
+    "low-high-random": Student(LOW_AND_HIGH, "train unlabelled", "--combine random"),
 }
 DEMO_ROWS = (
     Row("no KD", "none", "train"),
@@ -297,8 +299,6 @@ class Results:
         self.out = out
         self.rows = {row.name: row for row in protocol.rows}
         self.names = {**models, "cache": out / "cache"}
-        for name in ("Low", "High"):
-            self.names[name.lower()] = f"{data.DEMO}/half_teachers.py:{name}"
         for seed in (0, 1, 2):
             self.names[f"seed{seed}"] = self.folder(protocol.teacher, seed)
 
