@@ -332,7 +332,8 @@ def main(argv=None):
     unreadable = []
     recordings = data.load_sources(args.audio, skipped=unreadable)
     teacher = load_recogniser(args.teacher, device, args.language)
-    validator = load_recogniser(args.validator, device, args.language)
+    # The validator's text is only compared, so the best path without beams is enough.
+    validator = load_recogniser(args.validator, device, args.language, beams=1)
 
     settings = {}
     for name in ("teacher", "validator", "language", "alpha", "weight"):

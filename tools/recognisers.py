@@ -106,9 +106,12 @@ class OurRecogniser(Recogniser):
 
 class HuggingFaceRecogniser(Recogniser):
     """A recogniser of transformers: Whisper, Moonshine, a CTC model. Raises UserError for
-    others."""
+    others.
 
-    def __init__(self, name, device, language=None):
+    beams: hypotheses that a decoder's search keeps, None for the five of transformers' pipeline
+    """
+
+    def __init__(self, name, device, language=None, beams=None):
         transformers.logging.set_verbosity_error()
         dtype = torch.float32
         if device.type == "cuda":
@@ -132,10 +135,13 @@ class HuggingFaceRecogniser(Recogniser):
         generation = getattr(self.pipe.model, "generation_config", None)
         self.timestamps = hasattr(generation, "no_timestamps_token_id")
 
-        # Only a multilingual model has a language to choose.
-        self.options = {}
+        # Only a multilingual model has a language to choose, only a decoder has beams.
+        search = {}
         if language and getattr(generation, "is_multilingual", False):
-            self.options["generate_kwargs"] = {"language": language, "task": "transcribe"}
+            search = {"language": language, "task": "transcribe"}
+        if beams and self.pipe.model.can_generate():
+            search["num_beams"] = beams
+        self.options = {"generate_kwargs": search} if search else {}
 
         # Whisper pads every piece to 30 s anyway. Padding would change the texts of the others,
         # and a CPU gains nothing by a batch.
@@ -166,8 +172,11 @@ class HuggingFaceRecogniser(Recogniser):
         return {"raw": waveform.numpy(), "sampling_rate": data.SAMPLE_RATE}
 
 
-def load_recogniser(name, device, language=None):
-    """A run directory or checkpoint of stage 2, or the hub name or folder of another recogniser"""
+def load_recogniser(name, device, language=None, beams=None):
+    """A run directory or checkpoint of stage 2, or the hub name or folder of another recogniser
+
+    language and beams are for models of transformers, see HuggingFaceRecogniser
+    """
     if Path(name).suffix == ".pt" or (Path(name) / "best.pt").exists():
         return OurRecogniser(name, device)
-    return HuggingFaceRecogniser(name, device, language)
+    return HuggingFaceRecogniser(name, device, language, beams)
