@@ -87,7 +87,6 @@ LAB_STUDENTS = {
     "moonshine-ocean": Student("{moonshine}", "1h rest ocean"),
     "two-more": Student(TWO_TEACHERS, "1h rest"),
     "three-more": Student(ALL_THREE, "1h rest"),
-    "base-more-streaming": Student("{base}", "1h rest", STREAMING),
     "two-more-streaming": Student(TWO_TEACHERS, "1h rest", STREAMING),
 }
 
@@ -95,6 +94,7 @@ ONE = "Whisper base, + 6.2 h unlabelled"
 TWO = "Whisper base + Moonshine, + 6.2 h unlabelled"
 THREE = "all three, + 6.2 h unlabelled"
 BEST = f"{TWO}, 3,600 updates, one-best path, K2D"
+STREAMING_TWO = f"streaming, {TWO}"
 OCEAN = "Moonshine, + 6.2 h unlabelled + 2.9 h of speechocean762"
 LAB_ROWS = (
     Row("no KD", "none", "1h"),
@@ -120,8 +120,7 @@ LAB_ROWS = (
     Row("+ one-best path, K2D", "two-more", "1h pseudo", ONE_BEST),
     Row("+ one-best path, BERT, K2D", "two-more", "1h pseudo", f"{ONE_BEST} {BERT}"),
     Row("streaming, no KD", "none", "1h", STREAMING),
-    Row("streaming, Whisper base, + 6.2 h unlabelled", "base-more-streaming", "1h"),
-    Row("streaming, Whisper base + Moonshine, + 6.2 h unlabelled", "two-more-streaming", "1h"),
+    Row(STREAMING_TWO, "two-more-streaming", "1h"),
     Row("10 min labelled, no KD", "none", "10min"),
     Row("10 min labelled, two teachers, + 7 h unlabelled", "two-more", "10min"),
     Row("5.3 h labelled, no KD", "none", "5h"),
@@ -183,25 +182,17 @@ DEMO = Protocol(
     pseudo=("unlabelled", DEMO_WHISPER, DEMO_HUBERT),
 )
 
-# The picture: curves of these rows on the left, hours of labels against WER on the right.
+# What the picture shows.
 CURVES = (
     "no KD, 3,600 updates",
     ONE,
     TWO,
     "+ one-best path",
+    f"{ONE}, 3,600 updates",
     f"{TWO}, 3,600 updates",
     BEST,
-    "streaming, Whisper base, + 6.2 h unlabelled",
+    STREAMING_TWO,
 )
-HOURS = (1 / 6, 1, 5.3)
-BY_HOURS = {
-    "no KD": ("10 min labelled, no KD", "no KD", "5.3 h labelled, no KD"),
-    "Whisper base + Moonshine, 7.2 h of audio": (
-        "10 min labelled, two teachers, + 7 h unlabelled",
-        TWO,
-        "5.3 h labelled, two teachers, + 1.9 h unlabelled",
-    ),
-}
 
 
 # ---------------------------------------- the audio
@@ -425,30 +416,22 @@ class Results:
         return "\n".join(lines)
 
     def figure(self, path):
-        """Left: development WER during stage 2. Right: final WER by hours of labels."""
+        """Left: development WER during stage 2, one seed. Right: final WER, all seeds."""
         figure, (left, right) = new_figure(2)
-        for name in CURVES:
-            if not self.rates(name):
-                continue
+        shown = [name for name in CURVES if self.rates(name)]
+        for y, name in enumerate(shown):
             run = min(self.out.glob(f"finetune/{self.folder(name, '*').name}"))
-            rows = [row for row in read_log(run) if "dev WER" in row]
-            style = ".--" if name.startswith("streaming") else ".-"
-            steps = [row["step"] for row in rows]
-            left.plot(steps, [row["dev WER"] for row in rows], style, label=name)
-        for label, names in BY_HOURS.items():
-            rates = {hours: self.rates(name) for hours, name in zip(HOURS, names)}
-            means = {hours: statistics.mean(found) for hours, found in rates.items() if found}
-            if means:
-                right.plot(list(means), list(means.values()), "o-", label=label)
-        left.set(xlabel="updates of stage 2", ylabel="development WER (%)", ylim=(0, 100))
-        right.set(xlabel="labelled audio", ylabel="WER (%)", ylim=(0, 100), xscale="log")
-        right.set_xticks(HOURS, ["10 min", "1 h", "5.3 h"])
-        right.minorticks_off()
-        # Above the curves, which fill their panel.
-        if left.has_data():
-            left.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1))
-        if right.has_data():
-            right.legend(fontsize="small")
+            evaluations = [row for row in read_log(run) if "dev WER" in row]
+            steps = [row["step"] for row in evaluations]
+            left.plot(steps, [row["dev WER"] for row in evaluations], ".-", color=f"C{y}")
+            rates = self.rates(name)
+            right.plot(rates, [y] * len(rates), "o", color=f"C{y}")
+        left.set(xlabel="updates of stage 2", ylabel="development WER (%)")
+        # The names stand beside their dots and serve the curves, too.
+        right.set(xlabel="WER (%)")
+        right.set_yticks(range(len(shown)), shown)
+        right.yaxis.tick_right()
+        right.invert_yaxis()
         figure.savefig(path)
 
 
