@@ -71,6 +71,7 @@ STREAMING = "--chunk 16"
 BERT = "--bert {bert}"
 ONE_BEST = "--teacher-transducer {seed0}"
 ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2}"
+A_THIRD = "--steps 350 --eval-every 70"  # of the demo's stage 1
 LONGER_STAGE_2 = "--steps 3600 --eval-every 900"
 TWO_TEACHERS = "{base} {moonshine}"
 ALL_THREE = "{tiny} {base} {moonshine}"
@@ -144,6 +145,8 @@ DEMO_STUDENTS = {
     "hubert": Student(DEMO_HUBERT, "train unlabelled"),
     "whisper": Student(DEMO_WHISPER, "train unlabelled"),
     "two": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled"),
+    "hubert-short": Student(DEMO_HUBERT, "train unlabelled", A_THIRD),
+    "two-short": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled", A_THIRD),
     "two-streaming": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled", STREAMING),
     "low": Student(DEMO_LOW, "train unlabelled"),
     "high": Student(DEMO_HIGH, "train unlabelled"),
@@ -156,6 +159,8 @@ DEMO_ROWS = (
     Row("HuBERT alone", "hubert", "train"),
     Row("Whisper alone", "whisper", "train"),
     Row("two teachers", "two", "train"),
+    Row("HuBERT alone, a third of stage 1", "hubert-short", "train"),
+    Row("two teachers, a third of stage 1", "two-short", "train"),
     Row("+ one-best path", "two", "train", ONE_BEST),
     Row("+ mean of three transducers", "two", "train", ENSEMBLE),
     Row("+ essence of three, k = 16", "two", "train", f"{ENSEMBLE} --essence-top-k 16"),
