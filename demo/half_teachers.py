@@ -2,7 +2,7 @@
 
     python -m demo.half_teachers low       # 4 minutes each, into exp/low and exp/high
     python -m demo.half_teachers high
-    python -m tools.results --rows "low" "high" "low + high" --seeds 0 1 2
+    python -m tools.results --rows "high" "low + high" --seeds 0 1 2     # makes them, too
 
 Each is a student of the demo's HuBERT, made by stage 1: `low` sees the lower half of the 80 log-mel
 bins, up to 1.7 kHz, `high` the upper half. As teachers they are modules of one's own:

@@ -137,6 +137,14 @@ def test_the_commands_of_the_demo(tmp_path):
     assert len(data.load_utterances(tmp_path / "audio/final.jsonl")) == 143
 
 
+def test_the_half_teachers_are_made_before_they_teach(tmp_path):
+    runs = results.Results(results.DEMO, tmp_path, MODELS)
+    commands = list(runs.commands("low + high, average", 0))
+    made = [["-m", "demo.half_teachers", name] for name in ("low", "high")]
+    assert commands[:2] == made
+    assert commands[2][0] == "pretrain_kd.py"
+
+
 @pytest.mark.parametrize("protocol", [results.LAB, results.DEMO], ids=["lab", "demo"])
 def test_every_row_has_its_student_and_options_that_exist(protocol, tmp_path):
     import finetune_rnnt
@@ -146,7 +154,7 @@ def test_every_row_has_its_student_and_options_that_exist(protocol, tmp_path):
     parsers = {
         "finetune_rnnt.py": finetune_rnnt.parse,
         "pretrain_kd.py": pretrain_kd.parse,
-        "-m": lambda words: pseudo_label.parse(words[1:]),
+        "methods.pseudo_label": pseudo_label.parse,
     }
     names = {row.name for row in protocol.rows}
     assert {row.student for row in protocol.rows} - {"none"} == set(protocol.students)
@@ -156,5 +164,7 @@ def test_every_row_has_its_student_and_options_that_exist(protocol, tmp_path):
     runs = results.Results(protocol, tmp_path, MODELS)
     for name in names:
         for script, *words in runs.commands(name, 0):
+            if script == "-m":
+                script, *words = words
             if script in parsers:
                 parsers[script]([str(word) for word in words])

@@ -335,6 +335,9 @@ class Results:
             if "{seed}" in self.protocol.pretrain:
                 folder += f".{seed}"
             init = self.out / "pretrain" / folder
+            teachers = self.protocol.students[row.student].teachers
+            for half in re.findall(r"half_teachers\.py:(\w+)", teachers):
+                yield ["-m", "demo.half_teachers", half.lower()]
             yield self.pretrain(row.student, seed, init)
         out = self.folder(name, seed)
         yield [
