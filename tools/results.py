@@ -138,16 +138,17 @@ LAB = Protocol(
 
 DEMO_WHISPER = f"{data.DEMO}/teachers/whisper"
 DEMO_HUBERT = f"{data.DEMO}/teachers/hubert"
+HUBERT_AND_WHISPER = f"{DEMO_HUBERT} {DEMO_WHISPER}"
 DEMO_LOW = f"{data.DEMO}/half_teachers.py:Low"
 DEMO_HIGH = f"{data.DEMO}/half_teachers.py:High"
 LOW_AND_HIGH = f"{DEMO_LOW} {DEMO_HIGH}"
 DEMO_STUDENTS = {
     "hubert": Student(DEMO_HUBERT, "train unlabelled"),
     "whisper": Student(DEMO_WHISPER, "train unlabelled"),
-    "two": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled"),
+    "two": Student(HUBERT_AND_WHISPER, "train unlabelled"),
     "hubert-short": Student(DEMO_HUBERT, "train unlabelled", A_THIRD),
-    "two-short": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled", A_THIRD),
-    "two-streaming": Student(f"{DEMO_HUBERT} {DEMO_WHISPER}", "train unlabelled", STREAMING),
+    "two-short": Student(HUBERT_AND_WHISPER, "train unlabelled", A_THIRD),
+    "two-streaming": Student(HUBERT_AND_WHISPER, "train unlabelled", STREAMING),
     "low": Student(DEMO_LOW, "train unlabelled"),
     "high": Student(DEMO_HIGH, "train unlabelled"),
     "low-high": Student(LOW_AND_HIGH, "train unlabelled"),
@@ -335,6 +336,7 @@ class Results:
             if "{seed}" in self.protocol.pretrain:
                 folder += f".{seed}"
             init = self.out / "pretrain" / folder
+            # The half-band teachers of the demo are students themselves.
             teachers = self.protocol.students[row.student].teachers
             for half in re.findall(r"half_teachers\.py:(\w+)", teachers):
                 yield ["-m", "demo.half_teachers", half.lower()]
