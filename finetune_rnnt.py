@@ -42,7 +42,7 @@ from tools.muon import Muon, matrices_of, parameters_but
 
 FROZEN = 0.1  # share of the updates in which an inherited encoder waits for the new, random parts
 LEARNING_RATES = {  # peak rates of (predictor, joiner and CTC head; encoder), by what is inherited
-    "nothing": (5e-3, 3e-3),
+    "nothing": (5e-3, 1e-3),
     "encoder": (5e-3, 5e-4),
     "everything": (2e-4, 2e-4),
 }
@@ -98,7 +98,7 @@ def parse(argv):
         "--encoder-lr",
         type=positive_float,
         metavar="LR",
-        help="peak learning rate of the encoder (default 5e-4; with --init none 3e-3; of a "
+        help="peak learning rate of the encoder (default 5e-4; with --init none 1e-3; of a "
         "finished recogniser 2e-4)",
     )
     group = parser.add_argument_group(
@@ -240,7 +240,9 @@ def prepare_bert(args, run, train_set, student):
 
 def new_optimizer(args, student, decoder, inherits):
     """Inherited parts and new ones have learning rates of their own. Of both, Muon takes the
-    matrices: the transducer learns twice as fast as when AdamW takes the new ones."""
+    matrices: the transducer learns twice as fast as when AdamW takes the new ones. Only where the
+    encoder is new, too, AdamW takes them: Muon's predictor would fit the texts before the encoder
+    has learned anything."""
     new_lr = args.lr or LEARNING_RATES[inherits][0]
     encoder_lr = args.encoder_lr or LEARNING_RATES[inherits][1]
     new_matrices = matrices_of(student.predictor, student.joiner)
@@ -251,7 +253,7 @@ def new_optimizer(args, student, decoder, inherits):
     others = parameters_but(matrices, student.encoder)
     groups = [
         {"params": new},
-        {"params": new_matrices, "muon": True},
+        {"params": new_matrices, "muon": inherits != "nothing"},
         {"params": others, "lr": encoder_lr},
         {"params": matrices, "lr": encoder_lr, "muon": True},
     ]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from finetune_rnnt import new_optimizer, parse
 from model import Config, Student
 from tools import muon
 from tools.muon import Muon, matrices_of, orthogonalise, parameters_but
@@ -46,6 +47,30 @@ def test_muon_takes_all_matrices_of_predictor_and_joiner():
     others = parameters_but(matrices, student)
     assert len(others) + len(matrices) == len(names)
     assert "predictor.embedding.weight" in {names[id(p)] for p in others}
+
+
+@pytest.mark.parametrize(
+    "inherits, rates, muon_takes",
+    [
+        ("nothing", (5e-3, 1e-3), {"encoder"}),
+        ("encoder", (5e-3, 5e-4), {"encoder", "predictor", "joiner"}),
+        ("everything", (2e-4, 2e-4), {"encoder", "predictor", "joiner"}),
+    ],
+)
+def test_rates_and_muon_of_stage_2_depend_on_what_is_inherited(inherits, rates, muon_takes):
+    student = Student(Config(dim=32, layers=2, kernel=7, channels=8, vocab_size=20))
+    optimizer = new_optimizer(parse([]), student, None, inherits)
+    names = {id(p): name for name, p in student.named_parameters()}
+    found = set()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name = names.pop(id(p))
+            assert group["lr"] == rates[name.startswith("encoder.")], name
+            if group["muon"]:
+                assert p.dim() == 2, name
+                found.add(name.split(".")[0])
+    assert found == muon_takes
+    assert not names, "a parameter that no group has would never learn"
 
 
 def our_optimizer(student):
