@@ -239,10 +239,9 @@ def prepare_bert(args, run, train_set, student):
 
 
 def new_optimizer(args, student, decoder, inherits):
-    """Inherited parts and new ones have learning rates of their own. Of both, Muon takes the
-    matrices: the transducer learns twice as fast as when AdamW takes the new ones. Only where the
-    encoder is new, too, AdamW takes them: Muon's predictor would fit the texts before the encoder
-    has learned anything."""
+    """Inherited parts and new ones have learning rates of their own. Muon takes the matrices of
+    both: the transducer learns twice as fast as with AdamW for the new ones. Only from scratch, in
+    front of an encoder that knows nothing yet, AdamW is faster for them."""
     new_lr = args.lr or LEARNING_RATES[inherits][0]
     encoder_lr = args.encoder_lr or LEARNING_RATES[inherits][1]
     new_matrices = matrices_of(student.predictor, student.joiner)
