@@ -4,12 +4,13 @@
     python pretrain_kd.py --data LibriSpeech/train-clean-100 \\
         --unlabelled LibriSpeech/train-clean-360 --dev LibriSpeech/dev-clean \\
         --teachers microsoft/wavlm-base-plus openai/whisper-base \\
-        --size small --steps 60000 --batch-seconds 400 --out exp/pretrain-100h   # one GPU
+        --size small --steps 60000 --batch-seconds 400 --spec-augment 27 --dropout 0.1 \\
+        --out exp/pretrain-100h                              # one GPU
     torchrun --nproc_per_node 8 pretrain_kd.py ...           # eight GPUs, the same arguments
     python pretrain_kd.py --probe --data ... --teachers ...  # is it a teacher at all? a minute each
     python pretrain_kd.py --cache DIR ...                    # teachers encode once, then from disk
 
-    p_k = Linear_k(h),   L = sum_k w_k * mean |p_k - e_k|    # arXiv 2303.10917
+    p_k = Linear_k(h),   L = sum_k w_k * mean |p_k - e_k|    # arXiv 2303.10917; a head each [ours]
     e_k: the frames of teacher k at the student's 25 Hz, standardised [ours]
 
 No transcripts are needed. On the demo expect an L1 of about 0.37 and 0.35 on voices of --dev, where
