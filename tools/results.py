@@ -117,7 +117,7 @@ LAB_ROWS = (
     Row("+ one-best path", "two-more", "1h", ONE_BEST),
     Row("+ essence of three", "two-more", "1h", f"{ENSEMBLE} --essence-top-k 4"),
     Row("+ BERT", "two-more", "1h", BERT),
-    Row("+ K2D pseudo-labels", "two-more", "1h pseudo"),
+    Row("+ K2D pseudo-labels of 1.9 h", "two-more", "1h pseudo"),
     Row("+ one-best path, K2D", "two-more", "1h pseudo", ONE_BEST),
     Row("+ one-best path, BERT, K2D", "two-more", "1h pseudo", f"{ONE_BEST} {BERT}"),
     Row("streaming, no KD", "none", "1h", STREAMING),
@@ -133,7 +133,7 @@ LAB = Protocol(
     teacher=TWO,
     pretrain="--steps 14400 --eval-every 2400 --cache {cache} --speeds 1",
     finetune="--steps 1200 --eval-every 300",
-    pseudo=("rest", "{moonshine}", "{tiny}"),
+    pseudo=("part", "{moonshine}", "{tiny}"),
 )
 
 DEMO_WHISPER = f"{data.DEMO}/teachers/whisper"
