@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tools.audio_files import BLOCK, SAMPLE_RATE, open_audio, seek, segment_frames
 from tools.command_line import UserError, positive_float
 from tools.packed import pack
-from tools.sources import SHORTEST, Utterance, place, real_path, scan, with_unique_id  # noqa: F401
+from tools.sources import Utterance, place, real_path, scan, with_unique_id
 
 HOP = 160  # samples between frames of log-mel, 10 ms
 WINDOW = 400  # samples of such a frame, 25 ms
@@ -123,7 +123,10 @@ def add_source_options(parser):
         "audio",
     )
     group.add_argument(
-        "--data", nargs="+", metavar="SOURCE", help="transcribed audio (nothing given: the demo)"
+        "--data",
+        nargs="+",
+        metavar="SOURCE",
+        help="transcribed audio (default: the demo; in stage 1 only without --unlabelled)",
     )
     group.add_argument(
         "--unlabelled", nargs="+", metavar="SOURCE", help="more audio, transcripts not needed"
@@ -265,7 +268,7 @@ def stream_audio(path, offset=None, seconds=None):
     """Audio of any length in bounded memory: float32 tensors (S_i,), mono, 16 kHz, consecutive.
 
     offset, seconds: the segment to read; without an offset the whole file, which must be of that
-    length. A UserError names what is damaged, empty, of another length or no sound.
+    length. A UserError names what is damaged, empty, of another length or no numbers.
     """
     # Blocks share two seconds: one at either end is there for the resampler.
     shared = torch.zeros(0)
@@ -283,6 +286,7 @@ def stream_audio(path, offset=None, seconds=None):
                 break
             position += len(samples)
             waveform = torch.cat([shared, mix_channels(samples)])
+            # "not <" is also true of NaN. open_audio makes a UserError of it.
             if not waveform.abs().max() < 100:
                 raise ValueError("samples that are not numbers or far beyond -1 and 1")
             shared = waveform[-2 * rate :]
@@ -329,7 +333,7 @@ def log_mel(waveform):
 def spec_augment(features, widest):
     """(F, 80) -> (F, 80) with masks of the utterance's mean (SpecAugment, arXiv 1904.08779)
 
-    Ten of up to 40 frames and 5 % of the frames, two of fewer than `widest` bins.
+    Ten of fewer than 40 frames and at most 5 % of all, two of fewer than `widest` bins.
     """
     mean = features.mean().item()
     for axis, count, width, share in ((0, 10, 40, 0.05), (1, 2, widest, 1.0)):
@@ -366,7 +370,7 @@ class Characters(dict):
 
 
 CHARACTERS = Characters({ord(c): "'" for c in "'`\u00b4\u2018\u2019\u02bc"} | {0x200B: " "})
-# An apostrophe has a letter on both sides; Chinese and Japanese have none, but quotation marks.
+# An apostrophe has a letter on both sides. Between Chinese or Japanese ones it is a quotation mark.
 LETTER = "[^ '\u3040-\u9fff]"
 NO_APOSTROPHE = re.compile(f"(?<!{LETTER})'|'(?!{LETTER})")
 
@@ -418,8 +422,8 @@ class Batch:
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
-                setattr(moved, name, value.to(device, non_blocking=True))
-        moved.embeddings = [e.to(device, non_blocking=True) for e in self.embeddings]
+                setattr(moved, name, value.to(device))
+        moved.embeddings = [embedding.to(device) for embedding in self.embeddings]
         return moved
 
 
@@ -454,9 +458,9 @@ class Loader:
     _: KW_ONLY
     tokenizer: Tokenizer | None = None  # if there is one, the batches are transcribed
     caches: tuple = ()  # functions (utterance, speed) -> (T, dim) float16
-    augment: bool = False  # for training: shuffle, draw speeds and masks
-    spec_augment: int = 0  # masks are narrower than so many bins; 0: none
-    speeds: tuple = (1.0,)
+    augment: bool = False  # for training: shuffle and mask; put others for what cannot be read
+    spec_augment: int = 0  # masks are narrower than so many bins; 0: no masks at all
+    speeds: tuple = (1.0,)  # one is drawn for each utterance
     workers: int = 0  # processes that read ahead
     seed: int = 0
     rank: int = 0  # of this process, among `world`
@@ -483,8 +487,11 @@ class Loader:
         """Which utterances make up the batches of this process -> lists of indices"""
         generator = torch.Generator().manual_seed(mix(self.seed, number))
         # Sorted by length there is little padding; training jitters it, to change the neighbours.
-        jitter = 1 + 0.2 * self.augment * torch.rand(len(self.utterances), generator=generator)
-        order = np.argsort(self.utterances.seconds * jitter.double().numpy(), kind="stable")
+        lengths = self.utterances.seconds
+        if self.augment:
+            jitter = 1 + 0.2 * torch.rand(len(lengths), generator=generator)
+            lengths = lengths * jitter.double().numpy()
+        order = np.argsort(lengths, kind="stable")
         # A batch must fit at the slowest speed too.
         seconds = self.utterances.seconds[order] / min(self.speeds)
         batches = [[]]
@@ -496,16 +503,16 @@ class Loader:
                 longest = length
             batches[-1].append(i)
         if self.augment:
-            order = torch.randperm(len(batches), generator=generator).tolist()
-            batches = [batches[i] for i in order]
+            shuffled = torch.randperm(len(batches), generator=generator).tolist()
+            batches = [batches[i] for i in shuffled]
             # Every process makes as many steps: else one would wait for ever.
             missing = -len(batches) % self.world
             batches += [batches[i % len(batches)] for i in range(missing)]
         return batches[self.rank :: self.world]
 
     def worst(self):
-        """-> the batches, of all processes, that need the most memory: the one with most frames,
-        and the one with most pairs of frames, which is that of the longest utterances"""
+        """-> the batches of epoch 0, of all processes, that need the most memory: the one with most
+        frames, and the one with most pairs of frames; those of other epochs are hardly larger"""
         slow = replace(self, rank=0, world=1, speeds=(min(self.speeds),))
         plan = slow.batches(0)
         lengths = self.utterances.seconds.tolist()
@@ -531,7 +538,7 @@ class Loader:
                 examples.append(self.read(number, i))
             except UserError as error:
                 failed.append(str(error))
-                # Training needs something in every batch, so in place of all its neighbours serve.
+                # Training needs something in every batch: if all of it failed, try the next ones.
                 nothing = not examples and not queue
                 if self.augment and nothing and len(failed) < 100:
                     queue.append((i + 1) % len(self.utterances))
@@ -625,7 +632,6 @@ def mix(*numbers):
 
 def prepare_worker(_):
     """What a process that reads audio does first."""
-    torch.set_num_threads(1)
     # A signal to stop is for the main process, which still needs batches until it has saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

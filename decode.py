@@ -223,7 +223,7 @@ def load_recogniser(path, device):
     return student, Tokenizer.from_str(checkpoint["tokenizer"])
 
 
-def transcribe(student, tokenizer, batch, device, dtype=torch.float32, methods=("transducer",)):
+def transcribe(student, tokenizer, batch, dtype=torch.float32, methods=("transducer",)):
     """Batch -> for each method ("transducer", "ctc") a list of texts, by greedy search"""
     B = len(batch.feature_lengths)
     searches = [GREEDY[method](student, B) for method in methods]
@@ -401,7 +401,7 @@ def parse(argv):
         type=positive_int,
         metavar="K",
         help="beam search of the transducer with K hypotheses, 4 to 8 are plenty; .jsonl has them "
-        "all (default: greedy search)",
+        "all, of long recordings the best (default: greedy search)",
     )
     group.add_argument(
         "--lm",
@@ -457,8 +457,10 @@ def parse(argv):
         parser.error("--beam is for the transducer and without --stream, whose text is final")
     if args.lm and not args.beam:
         parser.error("--lm needs a beam search; add --beam 8")
-    if args.stream and args.output or args.plot and not args.audio:
-        parser.error("--output and --plot are for AUDIO; --stream prints, so > FILE keeps its text")
+    if args.stream and args.output:
+        parser.error("--stream prints its text; > FILE keeps it, instead of --output")
+    if args.plot and not args.audio:
+        parser.error("--plot is for AUDIO, the first one")
     kinds = list(FORMATS) if args.audio else [".jsonl"]
     if args.output and args.output.suffix not in kinds:
         parser.error(f"--output {args.output}: its name must end in {' or '.join(kinds)}")
@@ -470,7 +472,9 @@ def choose_chunk(config, args):
     chunk = config.chunk if args.chunk is None else args.chunk
     if chunk == RANDOM_CHUNK:
         chunk = 16 if args.stream else 0
-    if args.stream and chunk == 0 or chunk and config.chunk == 0:
+    streams_whole = args.stream and chunk == 0
+    cuts_what_is_whole = chunk > 0 and config.chunk == 0
+    if streams_whole or cuts_what_is_whole:
         raise UserError(
             f"{args.checkpoint} {config.describes_input()}; streaming needs a --chunk above 0 "
             f"and a student trained with pretrain_kd.py --chunk 16 (or --chunk random)"

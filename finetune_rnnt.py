@@ -40,7 +40,9 @@ from tools.command_line import (
 )
 from tools.muon import Muon, matrices_of, parameters_but
 
-FROZEN = 0.1  # share of the updates in which an inherited encoder waits for the new, random parts
+# Share of the updates in which an inherited encoder waits for the new, random parts. The rates have
+# then risen to their peaks (see tools/training.py).
+FROZEN = 0.1
 LEARNING_RATES = {  # peak rates of (predictor, joiner and CTC head; encoder), by what is inherited
     "nothing": (5e-3, 1e-3),
     "encoder": (5e-3, 5e-4),
@@ -71,7 +73,8 @@ def parse(argv):
         "--chunk",
         type=model.chunk_size,
         metavar="FRAMES|random",
-        help="of a student with --init none, as for pretrain_kd.py; otherwise --init decides",
+        help="frames of 40 ms that a streaming student encodes at once, of a student with --init "
+        "none (default: whole utterances); otherwise --init decides",
     )
     group.add_argument(
         "--vocab-size",
@@ -185,6 +188,11 @@ def new_student(args, checkpoint, train_set, tokenizer):
     checkpoint {}: all is new. Of stage 1: its encoder under a new predictor, joiner and CTC head.
     Of stage 2: a finished recogniser, whole. tokenizer: that of the teacher transducers, or None.
     """
+    # Both may be other than where the checkpoint was trained.
+    changes = {
+        "seconds": statistics.median(utterance.seconds for utterance in train_set),
+        "dropout": args.dropout,
+    }
     if "tokenizer" in checkpoint:
         own = Tokenizer.from_str(checkpoint["tokenizer"])
         if tokenizer is not None and tokenizer.to_str() != own.to_str():
@@ -192,24 +200,22 @@ def new_student(args, checkpoint, train_set, tokenizer):
                 f"--init {args.init} has another tokenizer than --teacher-transducer "
                 f"{args.teacher_transducer[0]}; begin with its stage 1 instead"
             )
-        student = model.load_student(checkpoint, dropout=args.dropout)
+        student = model.load_student(checkpoint, **changes)
         line = f"inherited from {args.init}: a finished recogniser, whole"
         labels = []
         for utterance in train_set:
             labels += own.encode(data.normalise(utterance.text or "")).ids
         unknown = labels.count(own.token_to_id("<unk>"))
         if unknown:
-            line += f"; it has no token for {100 * unknown / len(labels):.1f} % of the new letters"
+            line += (
+                f"; {100 * unknown / len(labels):.1f} % of the new text's tokens are unknown to it"
+            )
         return student, own, line
     if tokenizer is None:
         texts = [utterance.text for utterance in train_set if utterance.text is not None]
         tokenizer = data.train_tokenizer(texts, args.vocab_size)
-    changes = {
-        "vocab_size": tokenizer.get_vocab_size(),
-        "head_dims": (),
-        "seconds": statistics.median(utterance.seconds for utterance in train_set),
-        "dropout": args.dropout,
-    }
+    changes["vocab_size"] = tokenizer.get_vocab_size()
+    changes["head_dims"] = ()
     if not checkpoint:
         size = args.size or "nano"
         config = replace(model.PRESETS[size], chunk=args.chunk or 0, **changes)
@@ -239,9 +245,10 @@ def prepare_bert(args, run, train_set, student):
 
 
 def new_optimizer(args, student, decoder, inherits):
-    """Inherited parts and new ones have learning rates of their own. Muon takes the matrices of
-    both: the transducer learns faster than with AdamW for the new ones. Only from scratch, in front
-    of an encoder that knows nothing yet, AdamW is faster for them."""
+    """The encoder and what is above it have learning rates of their own. Muon takes the matrices of
+    the encoder's blocks, of predictor and of joiner: the transducer learns faster than with AdamW
+    for the last two. Only from scratch, in front of an encoder that knows nothing yet, AdamW is
+    faster for them."""
     new_lr = args.lr or LEARNING_RATES[inherits][0]
     encoder_lr = args.encoder_lr or LEARNING_RATES[inherits][1]
     new_matrices = matrices_of(student.predictor, student.joiner)
@@ -268,14 +275,15 @@ def evaluate(student, tokenizer, loader, run):
     printed"""
     totals = {"transducer": decode.Errors(), "ctc": decode.Errors()}
     for batch in loader.epoch():
+        run.name_unreadable(batch)
         if not batch.utterances:
             continue
-        texts = decode.transcribe(student, tokenizer, batch, run.device, run.dtype, list(totals))
+        texts = decode.transcribe(student, tokenizer, batch, run.dtype, list(totals))
         for method, hypotheses in zip(totals, texts):
             for utterance, hypothesis in zip(batch.utterances, hypotheses):
                 totals[method] += decode.word_errors(utterance.text, hypothesis)
         example = batch.utterances[0].text, texts[0][0]
-    if totals["ctc"].words == 0:
+    if totals["transducer"].words == 0:
         raise UserError(
             "none of the --dev audio can be read; python -m tools.librispeech check PATH names why"
         )
@@ -319,7 +327,7 @@ def main(argv=None):
         checkpoint = {}
         if args.init != "none":
             checkpoint = model.load_checkpoint(args.init)
-        inherits = {1: "encoder", 2: "everything"}.get(checkpoint.get("stage"), "nothing")
+        inherits = ("nothing", "encoder", "everything")[checkpoint.get("stage", 0)]
         student, tokenizer, line = new_student(args, checkpoint, train_set, tokenizer)
         run.print(line)
     student.to(run.device)
@@ -380,7 +388,8 @@ def main(argv=None):
                         student.joiner, hidden, predicted, *labelled, reduction="none"
                     )
                     ctc_losses = model.ctc_loss(student.ctc(hidden), *labelled)
-                    # Pseudo-labels weigh less than what people wrote. What teachers give does not.
+                    # What a machine wrote weighs less, if a manifest says so; what teachers give
+                    # does not.
                     parts = {
                         "transducer": (batch.weights * transducer_losses).sum(),
                         "ctc": (batch.weights * ctc_losses).sum(),

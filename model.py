@@ -5,7 +5,7 @@
                                          '--joiner( . , predictor(labels))--> (B, T, U+1, V)    2
 
 Axes: B batch, F feature frames (100 Hz), T encoder frames (25 Hz), U labels, V vocabulary with
-blank 0, d width of the encoder, D width of a teacher, P width of the predictor, J of the joiner.
+blank 0, d width of the encoder, D width of a target, P width of the predictor, J of the joiner.
 """
 
 import os
@@ -22,7 +22,7 @@ from tools.command_line import UserError, count
 
 BLANK = 0  # the label that a transducer and CTC emit where there is nothing to write
 RANDOM_CHUNK = -1  # Config.chunk of a student for both: streaming and whole utterances
-RANDOM_CHUNKS = (0, 0, 0, 0, 4, 8, 16, 32)  # one is drawn for each batch (as arXiv 2012.05481)
+DRAWN_CHUNKS = (0, 0, 0, 0, 4, 8, 16, 32)  # one is drawn for each batch (as arXiv 2012.05481)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config:
     channels: int = 64  # of the convolutional subsampling
     dropout: float = 0.1
     feature_dim: int = 80  # log-mel bins
-    head_dims: tuple = ()  # D_k of each projection head; () after stage 1
+    head_dims: tuple = ()  # D_k of each projection head; () in stage 2
     vocab_size: int = 0  # V with blank; 0 in stage 1: no predictor, joiner, CTC head
     predictor_dim: int = 256
     predictor_dropout: float = 0.3  # the predictor sees few texts and must not learn them by heart
@@ -59,12 +59,12 @@ class Config:
 
 
 PRESETS = {  # parameters with a vocabulary of 256
-    "nano": Config(),  # 3.0 M
-    "small": Config(layers=16, predictor_dim=320, joiner_dim=320, channels=144),  # 9.5 M
-    "medium": Config(dim=256, layers=16, predictor_dim=640, joiner_dim=640, channels=256),  # 31 M
+    "nano": Config(),  # 2.9 M
+    "small": Config(layers=16, predictor_dim=320, joiner_dim=320, channels=144),  # 9.4 M
+    "medium": Config(dim=256, layers=16, predictor_dim=640, joiner_dim=640, channels=256),  # 30 M
     "large": Config(
         dim=512, layers=17, attention_heads=8, predictor_dim=640, joiner_dim=640, channels=512
-    ),  # 115 M
+    ),  # 113 M
 }
 
 
@@ -84,7 +84,7 @@ def valid_mask(lengths, size):
 
 
 def encoder_frames(feature_frames):
-    """F -> T, numbers or tensors: three frames of log-mel make one of the encoder, two make none"""
+    """F -> T, numbers or tensors: as many as have a feature frame in their middle, 4t + 2"""
     return (feature_frames + 1) // 4
 
 
@@ -93,7 +93,7 @@ class Subsampling(nn.Module):
 
     100 Hz -> 25 Hz. Frame t sees the feature frames 4t - 1 to 4t + 5 and is centred on 4t + 2, the
     middle of its 40 ms: the instant on which the teachers' embeddings of frame t are centred. Two
-    3x3 convolutions of stride 2 see the same frames, at five times the cost. [ours]
+    3x3 convolutions of stride 2 see the same frames, at four to nine times the cost. [ours]
     """
 
     def __init__(self, config):
@@ -114,7 +114,7 @@ class Subsampling(nn.Module):
 def rotary(x, positions):
     """Rotary positions (arXiv 2104.09864): x (B, H, T, c), positions (T,) -> (B, H, T, c)
 
-    The relative order of two frames then enters their attention without a table.
+    The distance of two frames then enters their attention without a table.
     """
     half = x.shape[-1] // 2
     frequencies = 10000 ** (-torch.arange(half, device=x.device) / half)
@@ -134,8 +134,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
 
     def forward(self, x, mask, past=None):
-        """x (B, T, d), mask (B, 1, 1 or T, T) bool, True where a query may attend to a key
-        -> (B, T, d), keys and values (2, B, H, L + T, c)
+        """x (B, T, d), mask (B, 1, 1 or T, T) bool, True where a query may attend to a key; None:
+        to all -> (B, T, d), keys and values (2, B, H, L + T, c)
 
         past: keys and values (2, B, H, L, c) of L frames before x. They carry no positions: those
         are counted from the first key, which is as good because only differences matter.
@@ -222,17 +222,18 @@ class Block(nn.Module):
         x = x + 0.5 * self.dropout(self.feed_forward1(x))
         y, keys_values = self.attention(x, mask, past[0])
         x = x + self.dropout(y)
-        y, convolved = self.convolution(x, valid, past[1])
+        y, tail = self.convolution(x, valid, past[1])
         x = x + self.dropout(y)
         x = x + 0.5 * self.dropout(self.feed_forward2(x))
-        return self.norm(x), (keys_values, convolved)
+        return self.norm(x), (keys_values, tail)
 
 
 class Encoder(nn.Module):
     """Log-mel features to hidden states. An utterance's output does not depend on its batch.
 
-    An encoder of your own needs `subsampling`, `blocks` (a ModuleList, whose matrices Muon trains),
-    `forward` with its `chunk`, and `encode_layers`; `stream` only for decode.py --stream.
+    An encoder of your own needs `blocks` (a ModuleList, whose matrices Muon trains), `forward` with
+    its `chunk`, and `encode_layers`; it turns F frames into encoder_frames(F). Only
+    decode.py --stream needs `subsampling` and `stream`.
     """
 
     def __init__(self, config):
@@ -271,7 +272,7 @@ class Encoder(nn.Module):
             # torch's own generator, seeded before each batch: a resumed run draws the same.
             chunk = 0
             if self.training:
-                chunk = RANDOM_CHUNKS[torch.randint(len(RANDOM_CHUNKS), ()).item()]
+                chunk = DRAWN_CHUNKS[torch.randint(len(DRAWN_CHUNKS), ()).item()]
         if chunk == 0:
             return mask
         t = torch.arange(valid.shape[1], device=valid.device)
@@ -283,16 +284,16 @@ class Encoder(nn.Module):
     def stream(self, x, past=None):
         """One more chunk of subsampled features (B, C, d) -> hidden (B, C, d), the past of the next
 
-        Equal to `forward` with that chunk. What is kept has the length that config.left and
-        config.kernel give, however long the audio.
+        Equal to `forward` with that chunk, in a student that streams. What is kept has the length
+        that config.left and config.kernel give, however long the audio.
         """
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         past = past or [(None, None)] * len(self.blocks)
         kept = []
         for block, before in zip(self.blocks, past):
-            x, (keys_values, convolved) = block(x, None, valid, before)
+            x, (keys_values, tail) = block(x, None, valid, before)
             surplus = max(0, keys_values.shape[3] - self.config.left)
-            kept.append((keys_values[:, :, :, surplus:], convolved))
+            kept.append((keys_values[:, :, :, surplus:], tail))
         return x, kept
 
 
@@ -317,12 +318,16 @@ class Predictor(nn.Module):
             x, (h, c) = self.lstm(x)
             return x, torch.stack([h[0], c[0]], dim=1)
         # One more label: the bare cell, because the LSTM's kernel is several times slower for one.
-        h, c = torch.lstm_cell(x[:, 0], state.unbind(1), *self.lstm.all_weights[0])
+        [x] = x.unbind(1)
+        h, c = torch.lstm_cell(x, state.unbind(1), *self.lstm.all_weights[0])
         return h[:, None], torch.stack([h, c], dim=1)
 
 
 class Joiner(nn.Module):
-    """Linear(tanh(Linear(h) + Linear(g)))"""
+    """Linear(tanh(Linear(h) + Linear(g)))
+
+    The loss and the searches project once and then use `combine` and `out`, or `join`.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -346,9 +351,9 @@ class Joiner(nn.Module):
         return (encoded + predicted).tanh_()
 
 
-def projection_head(config, teacher_dim):
-    """p_k = Linear_k(h): reads teacher k's embedding off the student. [ours]: one per teacher."""
-    return nn.Linear(config.dim, teacher_dim)
+def projection_head(config, target_dim):
+    """p_k = Linear_k(h): reads target k off the student. [ours]: one for each target."""
+    return nn.Linear(config.dim, target_dim)
 
 
 class Student(nn.Module):
@@ -400,18 +405,16 @@ class Hypothesis:
 def l1_loss(prediction, target, lengths):
     """Distance to a teacher (arXiv 2303.10917): |p - e|, mean over dimensions, sum over frames
 
-    prediction (B, T, D), target (B, T', D), lengths (B,) valid frames -> scalar; divided by the
-    number of frames it is the mean. Student and teacher may differ by a frame or two at the end of
-    an utterance and are cut to the shorter; more is an error of alignment: ValueError.
+    prediction and target (B, T, D), lengths (B,) valid frames -> scalar; divided by the number of
+    frames it is the mean. Raises ValueError for other shapes than that.
     """
-    if abs(prediction.shape[1] - target.shape[1]) > 2:
+    if prediction.shape != target.shape:
         raise ValueError(
-            f"student has {prediction.shape[1]} frames, teacher {target.shape[1]}: they must "
-            f"differ by at most 2"
+            f"student and teacher must have as many frames and dimensions, found "
+            f"{tuple(prediction.shape)} and {tuple(target.shape)}"
         )
-    T = min(prediction.shape[1], target.shape[1])
-    distance = (prediction[:, :T] - target[:, :T]).abs().mean(-1)  # (B, T)
-    return distance.where(valid_mask(lengths, T), 0).sum()
+    distance = (prediction - target).abs().mean(-1)  # (B, T)
+    return distance.where(valid_mask(lengths, prediction.shape[1]), 0).sum()
 
 
 def ctc_loss(logits, targets, lengths, target_lengths):
@@ -561,13 +564,13 @@ class TransducerLoss(torch.autograd.Function):
 def read_arcs(logits, labels, blank):
     """logits (t, u, V), the label after each node (u,) -> log-probabilities of arcs (t, u, 2)"""
     blanks = torch.full_like(labels, blank)
-    arcs = torch.stack([blanks, labels], dim=-1).expand(*logits.shape[:2], 2)
-    log_probs = logits.log_softmax(-1, dtype=torch.float32).gather(-1, arcs)
+    ids = torch.stack([blanks, labels], dim=-1).expand(*logits.shape[:2], 2)
+    log_probs = logits.log_softmax(-1, dtype=torch.float32).gather(-1, ids)
     if log_probs.isnan().any():
-        # The softmax of nothing but -inf is NaN, but such a node is only closed.
-        closed = logits.gather(-1, arcs) == -torch.inf
+        # -inf at every label means that no path may pass the node. Its softmax would be NaN.
+        closed = logits.gather(-1, ids) == -torch.inf
         finite = logits.clamp(min=torch.finfo(logits.dtype).min)
-        log_probs = finite.log_softmax(-1, dtype=torch.float32).gather(-1, arcs)
+        log_probs = finite.log_softmax(-1, dtype=torch.float32).gather(-1, ids)
         log_probs = log_probs.masked_fill(closed, -torch.inf)
     return log_probs
 
@@ -618,7 +621,7 @@ def visited_labels(posterior):
     """posterior of the nodes (B, T, U+1) -> first visited label of each frame, and the one behind
     the last
 
-    (B, T) each, on the CPU, so that a GPU is asked only once.
+    (B, T) each, on the CPU, so that a GPU is asked once for all pieces.
     """
     visited = posterior > 1e-8
     u = torch.arange(visited.shape[2], device=visited.device)

@@ -149,8 +149,9 @@ class Teacher:
         # bfloat16 on another device differs from float32 by less.
         if (now - before).norm() > 0.05 * before.norm():
             raise UserError(
-                f"teacher {self.spec} has other weights than when this run began (a module of your "
-                f"own must seed them); add --overwrite or choose another --out"
+                f"teacher {self.spec} gives other embeddings than when this run began (its weights "
+                f"or libraries changed; a module of your own must seed its weights); add "
+                f"--overwrite or choose another --out"
             )
         self.mean = state["mean"].to(self.device)
         self.std = state["std"].to(self.device)
@@ -164,7 +165,7 @@ class Teacher:
 
 
 def frames_per_target(clock):
-    """As many as 40 ms have, at least one"""
+    """How many of a teacher's frames fill 40 ms, at least one"""
     return max(1, round(data.FRAME / clock.hop))
 
 
@@ -176,8 +177,7 @@ def align(states, samples, clock):
     the nearest, so that they are off by at most half a frame; others (Moonshine: 41.7 Hz) are
     interpolated linearly. Before the first and behind the last frame their values are held. [ours]
     """
-    # As many as the student's encoder has frames, see model.Subsampling.
-    T = max(1, (samples + data.FRAME // 2) // data.FRAME)
+    T = max(1, model.encoder_frames(samples // data.HOP + 1))
     stack = frames_per_target(clock)
     part = torch.arange(T * stack, dtype=torch.float64)  # on the CPU, because MPS has no float64
     # Where in the audio the parts of the targets are centred, in samples ...
@@ -216,9 +216,10 @@ def teacher_targets(teachers, batch, combine="heads", weights=None):
     heads: a head for each target.   average: one head, the weighted mean of the targets.
     random: one head; for each utterance one of the targets, drawn by its weight.
     The authors' code knows the last two, the first is [ours].
+    weights: of the targets, for average and random.
     batch.waveforms: list of B (S,);   batch.embeddings: what caches hold instead, or empty.
     """
-    # A target is a sum of a few numbers: autocast would only round it.
+    # The training's autocast is for the student: feature extractors may fail under it.
     with torch.no_grad(), torch.autocast(teachers[0].device.type, enabled=False):
         targets = []
         for k, teacher in enumerate(teachers):
@@ -267,8 +268,8 @@ def parse(argv):
         "--combine",
         choices=["heads", "average", "random"],
         default="heads",
-        help="a projection head per teacher; or one head for the teachers' average; or one head "
-        "and a random teacher per utterance (default %(default)s)",
+        help="a projection head for each target (layer of a teacher); or one head for their "
+        "average; or one head and a random target per utterance (default %(default)s)",
     )
     group.add_argument(
         "--cache",
@@ -287,8 +288,8 @@ def parse(argv):
         "--size",
         choices=list(model.PRESETS),
         default="nano",
-        help="of the student (default %(default)s; with a vocabulary of 256: nano 3.0 M "
-        "parameters, small 9.5 M, medium 31 M, large 115 M)",
+        help="of the student (default %(default)s; in stage 2, with 256 tokens, nano has 2.9 M "
+        "parameters, small 9.4 M, medium 30 M, large 113 M)",
     )
     group.add_argument(
         "--chunk",
@@ -309,8 +310,6 @@ def parse(argv):
         raise UserError(
             f"--weights needs one per teacher: {len(args.teachers)}, found {len(args.weights)}"
         )
-    if len(set(args.teachers)) < len(args.teachers):
-        raise UserError("--teachers names one twice; a teacher counts more through --weights")
     return args
 
 
@@ -318,7 +317,8 @@ def parse(argv):
 
 
 def new_optimizer(student, lr):
-    """Muon takes the blocks' matrices, AdamW the biases, norms, input layers and heads."""
+    """Muon takes the blocks' matrices, AdamW all else: biases, norms, convolutions, input layer
+    and heads."""
     matrices = matrices_of(student.encoder.blocks)
     others = parameters_but(matrices, student)
     return Muon([{"params": others}, {"params": matrices, "muon": True}], lr)
@@ -333,6 +333,9 @@ def load_teachers(args, device, print_line):
         teachers.append(teacher)
         weights += [weight / len(teacher.layers)] * len(teacher.layers)
         print_line(f"teacher {teacher}")
+    targets = [(Path(teacher.name), layer) for teacher in teachers for layer in teacher.layers]
+    if len(set(targets)) < len(targets):
+        raise UserError("--teachers names a layer twice; a teacher counts more through --weights")
     widths = {width for teacher in teachers for width in teacher.widths}
     if args.combine != "heads" and len(widths) > 1:
         raise UserError(
@@ -354,8 +357,8 @@ def probe_teachers(args):
 
 
 def measure_statistics(teachers, train_set, caches, args):
-    """Give the teachers the means and deviations of the first batches of training: four of them and
-    at least 200 s.
+    """Give the teachers the means and deviations of the first batches of training: of about 200 s,
+    and at least four.
     """
     # Audio as it is, where that is among the speeds: then a cache has it.
     speeds = [1.0] if 1.0 in args.speeds else args.speeds
@@ -384,22 +387,25 @@ def measure_statistics(teachers, train_set, caches, args):
 
 
 @torch.no_grad()
-def evaluate(student, teachers, names, weights, loader, device):
+def evaluate(student, teachers, names, weights, loader, run):
     """-> {"dev L1 NAME": mean over the frames of the development audio, "dev L1": weighted sum}
 
     Predicting the mean of a standardised target would score about 0.8. One head for all targets is
     measured against each.
     """
+    heads = list(student.heads)
+    if len(heads) == 1:
+        heads *= len(names)
     sums = dict.fromkeys(names, 0.0)
     frames = 0
     for batch in loader.epoch():
+        run.name_unreadable(batch)
         if not batch.utterances:
             continue
-        batch = batch.to(device)
+        batch = batch.to(run.device)
         hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
         targets = teacher_targets(teachers, batch)
-        for k, (name, target) in enumerate(zip(names, targets)):
-            head = student.heads[min(k, len(student.heads) - 1)]
+        for name, head, target in zip(names, heads, targets):
             sums[name] += model.l1_loss(head(hidden), target, lengths).item()
         frames += lengths.sum().item()
     if frames == 0:
@@ -467,14 +473,16 @@ def main(argv=None):
         measure_statistics(teachers, train_set, caches, args)
 
     # ---- student
-    head_names = names
-    head_weights = weights
-    head_dims = [width for teacher in teachers for width in teacher.widths]
-    if args.combine != "heads":
+    widths = [width for teacher in teachers for width in teacher.widths]
+    if args.combine == "heads":
+        head_names = names
+        head_weights = weights
+        head_dims = widths
+    else:
         # One projection head for all; load_teachers made sure that the targets are equally wide.
         head_names = [args.combine]
         head_weights = [1.0]
-        head_dims = head_dims[:1]
+        head_dims = widths[:1]
     torch.manual_seed(args.seed)
     config = replace(
         model.PRESETS[args.size], head_dims=tuple(head_dims), chunk=args.chunk, dropout=args.dropout
@@ -489,11 +497,11 @@ def main(argv=None):
 
     # ---- the loop: the student's frames, through a head each, approach the teachers' embeddings
     states = [teacher.state() for teacher in teachers]
-    about = {"config": config, "stage": 1, "size": args.size, "teachers": states}
+    about = {"config": config, "stage": 1, "teachers": states}
     # run.steps begins with a rehearsal (step 0: the largest batches, no update), then makes --steps
     # updates. A loss is a sum over frames; sum_gradients divides by the count of all processes.
     with run.start(student, optimizer, about, per="frame"):
-        for step, batches in run.steps(loader):
+        for _, batches in run.steps(loader):
             training.set_learning_rates(optimizer, run.progress)
             optimizer.zero_grad()
             for batch in batches:
@@ -502,7 +510,7 @@ def main(argv=None):
                     hidden, lengths = student.encoder(batch.features, batch.feature_lengths)
                     losses = []
                     for head, target in zip(student.heads, targets):
-                        losses.append(model.l1_loss(head(hidden).float(), target, lengths))
+                        losses.append(model.l1_loss(head(hidden), target, lengths))
                     loss = sum(weight * l1 for weight, l1 in zip(head_weights, losses))
                 loss.backward()
                 parts = {f"L1 {name}": l1 for name, l1 in zip(head_names, losses)}
@@ -513,7 +521,7 @@ def main(argv=None):
             run.log()
             # The averaged weights are the result; best.pt keeps them where "dev L1" is lowest.
             if run.evaluation_is_due():
-                results = evaluate(run.averaged, teachers, names, weights, dev_loader, run.device)
+                results = evaluate(run.averaged, teachers, names, weights, dev_loader, run)
                 run.keep_best("dev L1", results)
     return run.finish(next_command)
 

@@ -34,6 +34,7 @@ import torchaudio
 from tqdm import tqdm
 
 import data
+from tools.audio_files import SHORTEST
 from tools.command_line import (
     Parser,
     UserError,
@@ -166,7 +167,7 @@ def label_recording(recording, teacher, validator, alpha, weight):
     # The teacher decides where the pieces begin and end.
     pieces = []
     for start, end, text in teacher.segments(waveform):
-        if end - start >= data.SHORTEST:
+        if end - start >= SHORTEST:
             pieces.append((start, end, text))
     checks = validator.transcribe(cut_out(waveform, pieces)) if pieces else []
 

@@ -186,7 +186,7 @@ def loss_values(device, dtype, quick):
             "transducer loss of logits": model.transducer_loss(logits, *labelled),
             "transducer loss": from_joiner(student.joiner, hidden, predicted, *labelled),
             "CTC loss": model.ctc_loss(student.ctc(hidden), *labelled).mean(),
-            "L1": model.l1_loss(student.heads[0](hidden).float(), embeddings, lengths),
+            "L1": model.l1_loss(student.heads[0](hidden), embeddings, lengths),
         }
     inputs = [hidden, *student.parameters()]
     results = {}

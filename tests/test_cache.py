@@ -415,6 +415,7 @@ def test_options_that_do_not_fit_are_one_line(arguments, teacher_folders, tmp_pa
         (["--weights", "1", "2", "3"], "--weights needs one per teacher: 2, found 3"),
         (["--weights", "1", "0"], "--weights", "above 0"),
         (["--teachers", hubert, hubert], "twice"),
+        (["--teachers", f"{hubert}:0,1", f"{hubert}/:1"], "a layer twice"),
         (["--teachers", f"{hubert}:7", wide], "layer '7'", ":0 to"),
         (["--teachers", hubert, wide, "--combine", "random"], "one width, found 32, 320"),
     ):

@@ -427,21 +427,20 @@ def test_ctc_of_an_utterance_too_short_for_its_targets_is_zero():
     assert (torch.autograd.grad(loss.sum(), logits)[0] == 0).all()
 
 
-@pytest.mark.parametrize("teacher_frames", [5, 7, 9])
-def test_l1_loss_frame_by_frame(teacher_frames):
+def test_l1_loss_frame_by_frame():
     torch.manual_seed(0)
     prediction = torch.randn(3, 7, 4)
-    target = torch.randn(3, teacher_frames, 4)
+    target = torch.randn(3, 7, 4)
     lengths = [7, 2, 5]
     expected = 0.0
     for b in range(3):
-        for t in range(min(lengths[b], teacher_frames)):
+        for t in range(lengths[b]):
             for d in range(4):
                 expected += abs(prediction[b, t, d] - target[b, t, d]).item() / 4
     loss = l1_loss(prediction, target, torch.tensor(lengths))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_l1_loss_refuses_clocks_that_drift_apart():
-    with pytest.raises(ValueError, match="differ by at most 2"):
-        l1_loss(torch.zeros(1, 10, 4), torch.zeros(1, 7, 4), torch.tensor([7]))
+def test_l1_loss_refuses_a_teacher_of_other_frames():
+    with pytest.raises(ValueError, match="as many frames"):
+        l1_loss(torch.zeros(1, 10, 4), torch.zeros(1, 9, 4), torch.tensor([9]))

@@ -67,10 +67,10 @@ def test_rotary_turns_pairs_of_values_as_complex_numbers():
 
 
 def test_size_of_presets():
-    for size, millions in {"nano": 3.0, "small": 9.5, "medium": 30.5, "large": 115}.items():
+    for size, millions in {"nano": 2.93, "small": 9.37, "medium": 29.9, "large": 112.8}.items():
         with torch.device("meta"):
             student = Student(replace(model.PRESETS[size], vocab_size=256))
-        assert student.parameter_count / 1e6 == pytest.approx(millions, rel=0.03)
+        assert student.parameter_count / 1e6 == pytest.approx(millions, rel=0.005)
 
 
 def test_predictor_label_by_label_equals_all_at_once():

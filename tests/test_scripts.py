@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -251,12 +252,18 @@ def test_stage_2_inherits_the_encoder_and_freezes_it_at_first(stage2, pretrained
     assert "inherited from" in printed and "taught by" in printed
 
 
-def test_a_finished_recogniser_is_adapted_whole(stage2, finetuned, tmp_path, capsys):
-    """--init with a checkpoint of stage 2 keeps its predictor, joiner, CTC head and tokens."""
+def test_a_finished_recogniser_is_adapted_whole(corpus, stage2, finetuned, tmp_path, capsys):
+    """--init with a checkpoint of stage 2 keeps its predictor, joiner, CTC head and tokens, but
+    learns how long the new utterances are: decode.py cuts what is much longer."""
     before = state_of(finetuned, "best.pt")
-    arguments = [*stage2, "--init", str(finetuned), "--lr", "1e-9", "--encoder-lr", "1e-9"]
+    rates = ["--lr", "1e-9", "--encoder-lr", "1e-9"]
+    other = ["--data", str(corpus / "dev"), "--dev", str(corpus / "train")]
+    arguments = [*stage2, *other, "--init", str(finetuned), *rates]
     assert finetune_rnnt.main([*arguments, "--out", str(tmp_path / "x")]) == 0
     after = state_of(tmp_path / "x", "best.pt")
+    lengths = [u.seconds for u in data.load_utterances(corpus / "dev")]
+    assert after["config"].pop("seconds") == pytest.approx(statistics.median(lengths))
+    assert before["config"].pop("seconds") != pytest.approx(statistics.median(lengths))
     assert after["tokenizer"] == before["tokenizer"] and after["config"] == before["config"]
     for key, value in before["model"].items():
         assert torch.allclose(value, after["model"][key], atol=1e-6), key
@@ -317,7 +324,7 @@ def test_one_batch_can_be_learned_by_heart(demo_utterances):
             break
     student.eval()
     methods = ["transducer", "ctc"]
-    for texts in decode.transcribe(student, tokenizer, batch, torch.device("cpu"), methods=methods):
+    for texts in decode.transcribe(student, tokenizer, batch, methods=methods):
         for utterance, text in zip(batch.utterances, texts):
             errors = decode.word_errors(utterance.text, text)
             assert errors.words > 2 and errors.total == 0, (utterance.text, text)
@@ -509,16 +516,22 @@ def names_each_once(capfd, expected):
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_bad_data_is_named_and_skipped_in_training(stage, request, bad_sources, tmp_path, capfd):
+def test_bad_data_is_named_and_skipped_in_training(
+    stage, request, bad_sources, corpus, tmp_path, capfd
+):
     """Each is one line that names it and says why, the valid utterances are used as if they were
-    alone."""
+    alone; so for what is evaluated on, too."""
     main = pretrain_kd.main if stage == "stage1" else finetune_rnnt.main
-    expected = [*NOT_SCANNED, *NOT_READ, *SILENT]
-    unusable = 4
+    expected = [*NOT_SCANNED, *NOT_READ, *SILENT, "dev.wav: not readable as audio"]
+    unusable = 5
     if stage == "stage2":
         expected += NO_TEXT + TOO_LONG
-        unusable = 5
-    arguments = [*request.getfixturevalue(stage), "--data", *bad_sources, "--steps", "12"]
+        unusable = 6
+    shutil.copy(Path(bad_sources[0]).parent / "nan.wav", tmp_path / "dev.wav")
+    row = {"audio_filepath": str(tmp_path / "dev.wav"), "text": "A TEXT"}
+    (tmp_path / "dev.jsonl").write_text(json.dumps(row))
+    sources = ["--data", *bad_sources, "--dev", str(corpus / "dev"), str(tmp_path / "dev.jsonl")]
+    arguments = [*request.getfixturevalue(stage), *sources, "--steps", "12"]
     capfd.readouterr()
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     printed = names_each_once(capfd, expected)
@@ -729,7 +742,7 @@ def test_a_teacher_that_changed_is_named_and_other_code_too(corpus, tmp_path, mo
     monkeypatch.undo()
     capsys.readouterr()
     teacher.write_text(OWN_TEACHER.format(seed=1))
-    refused(capsys, pretrain_kd.main(arguments), "has other weights than when this run began")
+    refused(capsys, pretrain_kd.main(arguments), "gives other embeddings than when this run began")
     teacher.write_text(OWN_TEACHER.format(seed=0))
     monkeypatch.setattr(model, "projection_head", two_layers)
     refused(capsys, pretrain_kd.main(arguments), "holds a run of another model")

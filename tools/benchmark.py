@@ -194,7 +194,7 @@ def stage1_step(student, targets, batch, part=untimed):
         part("encoder")
         loss = 0
         for head, target in zip(student.heads, targets):
-            loss = loss + model.l1_loss(head(hidden).float(), target, lengths)
+            loss = loss + model.l1_loss(head(hidden), target, lengths)
         part("heads and L1")
     student.zero_grad()
     (loss / lengths.sum()).backward()

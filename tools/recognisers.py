@@ -99,7 +99,7 @@ class OurRecogniser(Recogniser):
                 waveforms=[],
                 embeddings=[],
             )
-            [found] = decode.transcribe(self.student, self.tokenizer, batch, self.device)
+            [found] = decode.transcribe(self.student, self.tokenizer, batch)
             texts.extend(found)
         return texts
 

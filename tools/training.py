@@ -21,7 +21,7 @@ Nothing here depends on the method. The loops stand in pretrain_kd.py and finetu
     return run.finish("python ...")                   # the next command
 
 The first pass through the loop is a rehearsal: it gets the batches that need the most memory and
-changes no weight, so memory is short at once or never.
+changes no weight, so memory is short at once or hardly ever.
 """
 
 import contextlib
@@ -473,18 +473,22 @@ class Run:
             yield batch.to(self.device)
 
     def endless_batches(self, loader):
-        """Batch after batch from where the run stands; a file that cannot be used is named once."""
+        """Batch after batch from where the run stands"""
         position = self.position
         while True:
             for batch in loader.epoch(position["epoch"], position["batch"]):
                 position["batch"] += 1
-                for problem in sorted(set(batch.failed) - self.unreadable):
-                    tqdm.write(f"skipped: {problem}", file=sys.stderr)
-                self.unreadable.update(batch.failed)
+                self.name_unreadable(batch)
                 check_usable(batch)
                 yield batch
             position["epoch"] += 1
             position["batch"] = 0
+
+    def name_unreadable(self, batch):
+        """Name each file of a batch that cannot be read, once."""
+        for problem in sorted(set(batch.failed) - self.unreadable):
+            tqdm.write(f"skipped: {problem}", file=sys.stderr)
+        self.unreadable.update(batch.failed)
 
     def batches_of_update(self, source):
         for k in range(self.args.accumulate):
