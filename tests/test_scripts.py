@@ -747,8 +747,14 @@ def test_a_teacher_that_changed_is_named_and_other_code_too(corpus, tmp_path, mo
     monkeypatch.setattr(model, "projection_head", two_layers)
     refused(capsys, pretrain_kd.main(arguments), "holds a run of another model")
     monkeypatch.undo()
+    assert "edited" not in capsys.readouterr().out
+    # What still fits an edited code goes on, but not in silence.
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/new.py").write_text("")
+    monkeypatch.setattr(training, "__file__", str(tmp_path / "tools/new.py"))
     assert pretrain_kd.main(arguments) == 0
+    assert "the code was edited" in capsys.readouterr().out
 
 
-def two_layers(config, teacher_dim):
-    return torch.nn.Sequential(torch.nn.Linear(config.dim, 16), torch.nn.Linear(16, teacher_dim))
+def two_layers(config, target_dim):
+    return torch.nn.Sequential(torch.nn.Linear(config.dim, 16), torch.nn.Linear(16, target_dim))

@@ -421,7 +421,7 @@ SHAPE = "must return frames (B, n, D) and lengths (B,)"
         ("self.out(features),", "features[0],", [SHAPE, "one tensor ("]),
         ("(lengths - 400) //", "10 * lengths //", [SHAPE]),
         ("(lengths - 400) // 320 + 1", "lengths[:, None]", [SHAPE]),
-        ("return", "raise KeyError('x')\n        return", ["KeyError"]),
+        ("return", "raise KeyError('x')\n        return", ["KeyError", "mend", "own.py:15"]),
         ("+ 1", "* 0 + 9", ["however long"]),
         ("class", "def broken(:\nclass", ["SyntaxError", "mend"]),
         ("MyTeacher(torch.nn.Module)", "Other(torch.nn.Module)", ["MyTeacher"]),

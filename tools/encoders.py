@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import pickle
 import sys
+import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,12 @@ class SpeechEncoder:
         except UserError:
             raise
         except Exception as error:  # Extractors and encoders that do not fit raise all sorts.
+            cure = "choose another, or mend its files: its feature extractor may be another model's"
+            if isinstance(getattr(self, "model", None), OwnModel):
+                cure = f"mend {self.model.line_of(error)}"
             raise UserError(
                 f"teacher {spec}: cannot encode audio ({type(error).__name__}: "
-                f"{first_line(error)}); choose another, or mend its files: its feature extractor "
-                f"may be another model's"
+                f"{first_line(error)}); {cure}"
             ) from error
         self.title = self.model.title
         self.parameters = self.model.parameters
@@ -257,7 +260,7 @@ def measure_clock(name, count):
     if (count(samples - 1), count(samples)) != (last - 1, last):
         raise UserError(
             f"teacher {name}: its frames are not a fixed whole number of samples apart: {frames} "
-            f"in {start} samples, {frames + grown} in {later}"
+            f"in {start} samples, {frames + grown} in {later}; make it lengths // hop"
         )
     return clock
 
@@ -449,7 +452,8 @@ def why_not_loaded(name, error):
         )
     if "connect" in text or "offline" in text:
         return (
-            f"not on this machine and the hub cannot be asked (HF_HUB_OFFLINE or no network); "
+            f"no such folder, not in the cache either, and the hub cannot be asked "
+            f"(HF_HUB_OFFLINE or no network); "
             f"where there is one: hf download {name}   (kept in HF_HOME)"
         )
     return f"{first_line(error)} - give a folder or a hub name of a speech model"
@@ -463,7 +467,8 @@ class OwnModel(FrozenModel):
 
         MyTeacher() takes no arguments and is a torch.nn.Module.
         forward(waveforms (B, S) float32 at 16 kHz, padded with 0, lengths (B,) in samples)
-            -> frames (B, n, D), lengths (B,) in frames; a frame every so many whole samples.
+            -> frames (B, n, D), lengths (B,) in frames; a frame every so many whole samples,
+            where everything is on the device of the training.
 
     Its weights must be the same at every start, so random ones need a seed. For example:
 
@@ -477,8 +482,9 @@ class OwnModel(FrozenModel):
                 frames = waveforms[:, :waveforms.shape[1] // 320 * 320].unflatten(1, (-1, 320))
                 return self.layer(frames), lengths // 320
 
-    Its frame rate, where its frames are centred and whether padding changes them are measured, as
-    of every teacher.
+    Its frame rate and whether padding changes it are measured, as of every teacher, and where its
+    frames are is taken from their number (see Clock): with lengths // hop, frame i is that of the
+    samples from i * hop to (i + 1) * hop.
     """
 
     def __init__(self, name, device):
@@ -497,6 +503,15 @@ class OwnModel(FrozenModel):
         if not isinstance(network, torch.nn.Module):
             raise UserError(f"teacher {name}: {title} is no torch.nn.Module; derive it from that")
         super().__init__(name, title, network, device)
+
+    def line_of(self, error):
+        """-> "my_teacher.py:12", the line of the file that led to the error, if it was one"""
+        path = Path(self.path).resolve()
+        place = self.path
+        for frame in traceback.extract_tb(error.__traceback__):
+            if Path(frame.filename).resolve() == path:
+                place = f"{self.path}:{frame.lineno}"
+        return place
 
     @torch.no_grad()
     def __call__(self, waveforms, layers):

@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -123,6 +124,16 @@ def add_training_options(parser, out, steps, dropout, spec_augment):
     group.add_argument(
         "--overwrite", action="store_true", help="start anew even if --out holds a run"
     )
+
+
+def code_checksum():
+    """Of all scripts and modules of this repository: a run that goes on with others says so"""
+    root = Path(__file__).parents[1]
+    checksum = 0
+    for pattern in ("*.py", "methods/*.py", "tools/*.py"):
+        for path in sorted(root.glob(pattern)):
+            checksum = zlib.crc32(path.read_bytes(), checksum)
+    return checksum
 
 
 def learning_rate_factor(progress):
@@ -340,6 +351,7 @@ class Run:
             "skipped_in_a_row": 0,
             "sums": {},
             "settings": self.settings,
+            "code": code_checksum(),
         }
         if self.state:
             self.resume()
@@ -382,8 +394,11 @@ class Run:
                 f"{self.out} holds a run of another model ({first_line(error)[:100]}); choose "
                 f"another --out or add --overwrite"
             )
+        code = self.position["code"]
         self.position |= self.state["position"]
         self.print(f"continuing {self.out} at step {self.position['step']}")
+        if self.position["code"] != code:
+            self.print("the code was edited since this run began; --overwrite starts anew")
 
     def save_last(self):
         self.saved_at = time.monotonic()
