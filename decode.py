@@ -33,7 +33,7 @@ import data
 import model
 from data import DEMO, FRAME_SECONDS, WORD_START
 from model import BLANK, RANDOM_CHUNK, Hypothesis, Token
-from tools.alignment_plot import figure_file, plot_alignment
+from tools.alignment_plot import plot_alignment
 from tools.beam_search import BeamTransducer, Fusion, NGram, text_file
 from tools.command_line import (
     Parser,
@@ -46,6 +46,7 @@ from tools.command_line import (
 )
 from tools.long_audio import encode_pieces
 from tools.machine import autocast, choose_device
+from tools.plot import picture
 from tools.stream import encode_chunks, print_stream
 from tools.subtitles import FORMATS, Word, text_of
 from tools.word_errors import CJK, Errors, word_errors
@@ -432,7 +433,7 @@ def parse(argv):
     )
     group.add_argument(
         "--plot",
-        type=figure_file,
+        type=picture,
         metavar="FILE.png",
         help="draw log-mel, tokens and the lattice's posterior of the first AUDIO (matplotlib)",
     )

@@ -1,8 +1,8 @@
 """Trained transducers teach a transducer: one-best path distillation, ensembles, essence.
 
     python finetune_rnnt.py --teacher-transducer exp/finetune --out exp/taught
-    python finetune_rnnt.py --teacher-transducer exp/a exp/b exp/c --essence-top-k 4 --out
-    exp/essence
+    python finetune_rnnt.py --teacher-transducer exp/a exp/b exp/c --essence-top-k 4 \\
+        --out exp/essence
 
 Walk the teachers' lattice along the transcript. At each node on the way the student learns their
 whole distribution q, or its essence, the likeliest entries (arXiv 2110.03334, 1906.10834):
@@ -99,7 +99,7 @@ def transcribe_untranscribed(transducer, hidden, lengths, batch):
     )
 
 
-def one_best_path(ensemble, targets, logit_lengths, target_lengths, temperature=1.0, blank=BLANK):
+def one_best_path(ensemble, targets, logit_lengths, target_lengths, temperature=1.0):
     """Walk the lattice along the transcript (arXiv 2110.03334) -> OneBestPath
 
     From (t, u) to (t+1, u) where blank is the teachers' best guess or no label is left, else to
@@ -124,7 +124,7 @@ def one_best_path(ensemble, targets, logit_lengths, target_lengths, temperature=
             logits = join(encoded[row, frame], predicted[row, u]).float()
             q = q + (logits / temperature).softmax(-1) / len(projected)
         nodes.append(OneBestPath(t, u, exists, q))
-        writes = (q.argmax(-1) != blank) & (u < target_lengths)
+        writes = (q.argmax(-1) != BLANK) & (u < target_lengths)
         t = t + ~writes
         u = u + (writes & exists)
     return OneBestPath(*(torch.stack(values, dim=1) for values in zip(*nodes)))

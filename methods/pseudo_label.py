@@ -65,13 +65,11 @@ def repeats_a_phrase(words):
     letters or characters at least.
     """
     for size in range(2, len(words) // IN_A_ROW + 1):
-        same = 0  # consecutive words that equal the word `size` before them
-        for i in range(size, len(words)):
-            same = same + 1 if words[i] == words[i - size] else 0
-            if same >= size * (IN_A_ROW - 1):
-                phrase = "".join(words[i - size : i])
-                if len(phrase) >= 3:
-                    return True
+        for i in range(len(words) - IN_A_ROW * size + 1):
+            phrase = words[i : i + size]
+            in_a_row = words[i : i + IN_A_ROW * size] == IN_A_ROW * phrase
+            if in_a_row and len("".join(phrase)) >= 3:
+                return True
     return False
 
 
@@ -270,20 +268,6 @@ def summary(rows, problems):
     return line
 
 
-def next_command(recordings, out):
-    """The command that trains on the manifest; for the demo it works as it stands."""
-    train = "TRANSCRIBED"
-    dev = "TRANSCRIBED_DEV"
-    note = "   # TRANSCRIBED: your own transcribed audio"
-    demo = os.path.relpath(data.DEMO)
-    if all(Path(recording.path).resolve().is_relative_to(data.DEMO) for recording in recordings):
-        train = f"{demo}/corpus/train"
-        dev = f"{demo}/corpus/dev"
-        note = ""
-    manifest = out / "pieces.jsonl"
-    return f"python finetune_rnnt.py --data {train} {manifest} --dev {dev} --out exp/k2d{note}"
-
-
 def parse(argv):
     parser = Parser(__doc__)
     parser.add_argument("audio", nargs="+", metavar="SOURCE", help="files, folders or manifests")
@@ -350,7 +334,10 @@ def main(argv=None):
     if not rows:
         raise UserError("none of the audio could be read; give other recordings")
     print(summary(rows, unreadable + problems))
-    print(f"next: {next_command(recordings, args.out)}")
+    print(
+        f"next: python finetune_rnnt.py --data TRANSCRIBED {args.out / 'pieces.jsonl'} "
+        f"--dev TRANSCRIBED_DEV --out exp/k2d"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """A picture of one utterance: log-mel, the tokens over time, the posterior of their lattice."""
 
-import argparse
-from pathlib import Path
-
 import torch
 
 import data
@@ -12,18 +9,6 @@ from model import node_posteriors
 WIDEST = 20.0  # inches of a picture
 FONT = 8.0  # points
 EM = FONT / 72  # inches that a wide letter takes
-
-
-def figure_file(name):
-    """argparse type: a picture that matplotlib can write"""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise argparse.ArgumentTypeError("it needs matplotlib: pip install matplotlib")
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if Path(name).suffix[1:].lower() not in kinds:
-        raise argparse.ArgumentTypeError(f"{name} is no picture; its name must end in .png or .pdf")
-    return Path(name)
 
 
 def text_width(text):

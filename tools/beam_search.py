@@ -177,16 +177,15 @@ class BeamTransducer:
         collected = []
         for b, row in enumerate(self.tokens):
             collected.append([])
-            for k in range(len(row)):
+            for ancestor in range(len(row)):
                 tokens = []
                 for t in reversed(range(len(frames))):
-                    for s in reversed(range(self.max_symbols)):
-                        label = labels[t][b][k][s]
+                    emitted = zip(labels[t][b][ancestor], probabilities[t][b][ancestor])
+                    for label, probability in reversed(list(emitted)):
                         if label != BLANK:
-                            token = Token(label, self.frame + t, probabilities[t][b][k][s])
-                            tokens.append(token)
-                    k = parents[t][b][k]
-                collected[b].append(row[k] + tokens[::-1])
+                            tokens.append(Token(label, self.frame + t, probability))
+                    ancestor = parents[t][b][ancestor]
+                collected[b].append(row[ancestor] + tokens[::-1])
         self.tokens = collected
 
     def results(self):

@@ -91,49 +91,21 @@ class Parser(argparse.ArgumentParser):
 # ---------------------------------------- types of options
 
 
-def whole_number(text):
-    """argparse type: ... -1, 0, 1 ..."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
+def number(kind, allows, words):
+    """-> argparse type: an int or a float that `allows` accepts; `words` say which these are"""
+
+    def parse(text):
+        value = kind(text)
+        if not allows(value):
+            raise argparse.ArgumentTypeError(f"must be {words}, found {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
 
 
-def positive_int(text):
-    """argparse type: 1, 2, 3 ..."""
-    number = whole_number(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, found {text}")
-    return number
-
-
-def count(text):
-    """argparse type: 0, 1, 2 ..."""
-    number = whole_number(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, found {text}")
-    return number
-
-
-def positive_float(text):
-    """argparse type: a finite number above 0"""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, found {text}")
-    return number
-
-
-def not_negative(text):
-    """argparse type: a finite number, 0 or more"""
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must not be negative, found {text}")
-    return number
-
-
-def share(text):
-    """argparse type: a number from 0 to below 1"""
-    number = float(text)
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"must be 0 or more and below 1, found {text}")
-    return number
+count = number(int, lambda x: x >= 0, "0 or more")
+positive_int = number(int, lambda x: x > 0, "above 0")
+positive_float = number(float, lambda x: 0 < x < math.inf, "above 0")
+not_negative = number(float, lambda x: 0 <= x < math.inf, "0 or more")
+share = number(float, lambda x: 0 <= x < 1, "0 or more and below 1")

@@ -45,9 +45,11 @@ def download(part, folder):
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     archive = unpacked.parent.parent / f"{part}.tar.gz.part"
     fetch(url, archive)
+    digest = hashlib.sha256()
     with open(archive, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != checksum:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    if digest.hexdigest() != checksum:
         archive.unlink()
         raise UserError(f"{archive}: wrong checksum, so it was deleted; run the same command again")
     with tarfile.open(archive) as tar:

@@ -1,5 +1,5 @@
-"""The optimizer of both stages: Muon for the matrices of blocks, predictor and joiner, AdamW for
-the rest."""
+"""The optimizer of both stages: Muon for matrices of the student's inner layers, AdamW for the
+rest."""
 
 import math
 

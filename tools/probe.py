@@ -260,15 +260,15 @@ def print_agreement(names, targets):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", help="of stage 1: run directories or checkpoints")
-    data.add_source_options(parser)
+    for option, use in (("--data", "learn from"), ("--dev", "score")):
+        parser.add_argument(
+            option, nargs="+", required=True, metavar="SOURCE", help=f"transcribed audio to {use}"
+        )
     args = parser.parse_args(argv)
-    args.batch_seconds = 24.0
-    training, development = data.load_training_data(args)
+    training = data.load_sources(args.data, transcribed=True)
+    development = data.load_sources(args.dev, transcribed=True)
     # A student is fast, so more can be scored.
-    seconds = (SECONDS[0], 600)
-    train, dev, transcribed = load_batches(training, development, args.batch_seconds, seconds)
-    if not transcribed:
-        raise UserError("--data and --dev must be transcribed")
+    train, dev, _ = load_batches(training, development, 24.0, (SECONDS[0], 600))
     print("| student | characters wrong |\n|---|---|")
     for run in args.runs:
         student = load_student(load_checkpoint(run)).eval()

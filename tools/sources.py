@@ -1,6 +1,7 @@
 """What a folder, a manifest or an audio file holds: a list of utterances and a list of problems.
 
-data.py describes the sources. Nothing is decoded here: lengths come from headers or manifests.
+data.py describes the sources. Lengths come from headers or manifests; only where a header cannot
+know it (MP3, a file from a pipe) the file is read.
 """
 
 import functools

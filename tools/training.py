@@ -569,13 +569,11 @@ class Run:
         for batch, loss in self.latest:
             mine.append((bool(loss.isfinite()), [u.id for u in batch.utterances]))
         everywhere = sum(all_gather(mine), [])
-        # If every loss is finite, some gradient is not: then any of the utterances may be the
-        # cause.
-        all_finite = all(finite for finite, _ in everywhere)
-        ids = []
-        for finite, some in everywhere:
-            if all_finite or not finite:
-                ids.extend(some)
+        guilty = [ids for finite, ids in everywhere if not finite]
+        if not guilty:
+            # Some gradient is not finite: any of the utterances may be the cause.
+            guilty = [ids for _, ids in everywhere]
+        ids = sum(guilty, [])
         names = ", ".join(ids[:5]) + " ..." * (len(ids) > 5)
         what = f"loss or gradient is not finite ({names})"
         self.write_log(step=position["step"], skipped=ids)
@@ -609,8 +607,9 @@ class Run:
         self.audio_seconds += self.world * sum(batch.seconds for batch, _ in self.latest)
         self.bar.update(position["step"] - self.bar.n)
         sums = position["sums"]
-        for name, value in ({"updates": 1} | self.means if self.means else {}).items():
-            sums[name] = sums.get(name, 0) + value
+        if self.means:  # the update was not skipped
+            for name, value in {"updates": 1, **self.means}.items():
+                sums[name] = sums.get(name, 0) + value
         if (position["step"] % LOG_EVERY and position["step"] != 1) or not sums:
             return
         updates = sums.pop("updates")
