@@ -73,6 +73,7 @@ ONE_BEST = "--teacher-transducer {seed0}"
 ENSEMBLE = "--teacher-transducer {seed0} {seed1} {seed2}"
 A_THIRD = "--steps 350 --eval-every 70"  # of the demo's stage 1
 LONGER_STAGE_2 = "--steps 3600 --eval-every 900"
+LONGEST_STAGE_2 = "--steps 10800 --eval-every 2700"
 TWO_TEACHERS = "{base} {moonshine}"
 ALL_THREE = "{tiny} {base} {moonshine}"
 
@@ -94,12 +95,13 @@ LAB_STUDENTS = {
 ONE = "Whisper base, + 6.2 h unlabelled"
 TWO = "Whisper base + Moonshine, + 6.2 h unlabelled"
 THREE = "all three, + 6.2 h unlabelled"
-BEST = f"{TWO}, 3,600 updates, one-best path, K2D"
+BEST = f"{TWO}, 10,800 updates, one-best path, K2D"
 STREAMING_TWO = f"streaming, {TWO}"
 OCEAN = "Moonshine, + 6.2 h unlabelled + 2.9 h of speechocean762"
 LAB_ROWS = (
     Row("no KD", "none", "1h"),
     Row("no KD, 3,600 updates", "none", "1h", LONGER_STAGE_2),
+    Row("no KD, 10,800 updates", "none", "1h", LONGEST_STAGE_2),
     Row("Whisper tiny.en", "tiny", "1h"),
     Row("Whisper base", "base", "1h"),
     Row("Moonshine", "moonshine", "1h"),
@@ -113,11 +115,17 @@ LAB_ROWS = (
     Row(THREE, "three-more", "1h"),
     Row(f"{ONE}, 3,600 updates", "base-more", "1h", LONGER_STAGE_2),
     Row(f"{TWO}, 3,600 updates", "two-more", "1h", LONGER_STAGE_2),
-    Row(BEST, "two-more", "1h pseudo", f"{LONGER_STAGE_2} {ONE_BEST}"),
+    Row(
+        f"{TWO}, 3,600 updates, one-best path, K2D",
+        "two-more",
+        "1h pseudo",
+        f"{LONGER_STAGE_2} {ONE_BEST}",
+    ),
+    Row(BEST, "two-more", "1h pseudo", f"{LONGEST_STAGE_2} {ONE_BEST}"),
     Row("+ one-best path", "two-more", "1h", ONE_BEST),
     Row("+ essence of three", "two-more", "1h", f"{ENSEMBLE} --essence-top-k 4"),
     Row("+ BERT", "two-more", "1h", BERT),
-    Row("+ K2D pseudo-labels of 1.9 h", "two-more", "1h pseudo"),
+    Row("+ K2D pseudo-labels", "two-more", "1h pseudo"),
     Row("+ one-best path, K2D", "two-more", "1h pseudo", ONE_BEST),
     Row("+ one-best path, BERT, K2D", "two-more", "1h pseudo", f"{ONE_BEST} {BERT}"),
     Row("streaming, no KD", "none", "1h", STREAMING),
@@ -133,7 +141,7 @@ LAB = Protocol(
     teacher=TWO,
     pretrain="--steps 14400 --eval-every 2400 --cache {cache} --speeds 1",
     finetune="--steps 1200 --eval-every 300",
-    pseudo=("part", "{moonshine}", "{tiny}"),
+    pseudo=("rest", "{moonshine}", "{tiny}"),
 )
 
 DEMO_WHISPER = f"{data.DEMO}/teachers/whisper"
@@ -224,7 +232,7 @@ def lab_sets(lab):
     known = find_recordings(speech, "train-clean-*/[0-9]*")
     held_out = find_recordings(speech, "dev-clean*/[0-9]*")
     sets = {}
-    for name, file in (("1h", "labelled-1h"), ("5h", "labelled-5h"), ("part", "unlabelled-2h")):
+    for name, file in (("1h", "labelled-1h"), ("5h", "labelled-5h"), ("more", "unlabelled-2h")):
         ids = (TOOLS / f"{file}.txt").read_text().split()
         missing = [id for id in ids if id not in known]
         if missing:
@@ -235,7 +243,7 @@ def lab_sets(lab):
         sets[name] = [known[id] for id in ids]
     sets["10min"] = sets["1h"][:44]
     labelled = set(sets["1h"])
-    sets["rest"] = [u for u in sets["5h"] if u not in labelled] + sets["part"]
+    sets["rest"] = [u for u in sets["5h"] if u not in labelled] + sets.pop("more")
     sets["dev"] = of_speakers(held_out, DEVELOPMENT_SPEAKERS)[::4]
     sets["final"] = of_speakers(held_out, FINAL_SPEAKERS)
     if has_ocean(lab):
@@ -262,7 +270,7 @@ def write_manifests(sets, folder):
             for u in utterances:
                 path = Path(u.path).absolute()
                 row = {"audio_filepath": str(path), "id": path.stem}
-                if name not in ("rest", "part", "ocean"):
+                if name not in ("rest", "ocean"):
                     row["text"] = u.text
                 file.write(json.dumps(row) + "\n")
 
