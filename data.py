@@ -561,8 +561,8 @@ class Loader:
             if tuple(self.speeds) != (1.0,):
                 speed = self.speeds[torch.randint(len(self.speeds), ()).item()]
                 waveform = perturb_speed(waveform, speed)
-            # Noise that is added to `waveform` reaches the teachers too, unless they are cached; added
-            # to the argument of log_mel alone, it is for the student.
+            # Noise that is added to `waveform` reaches the teachers too, unless they are cached;
+            # added to the argument of log_mel alone, it is for the student.
             features = log_mel(waveform)
             if self.augment and self.spec_augment:
                 features = spec_augment(features, self.spec_augment)

@@ -778,7 +778,7 @@ def load_student(checkpoint, **changes):
         path = checkpoint.get("path", "the checkpoint")
         raise UserError(
             f"{path} does not hold the student that it describes "
-            f"({' '.join(str(error).split())[:150]}); give another or, if model.py was edited since, "
-            f"train it again"
+            f"({' '.join(str(error).split())[:150]}); give another or, if model.py was edited "
+            f"since, train it again"
         )
     return student

@@ -57,7 +57,8 @@ def choose_device(name="auto"):
 
 @functools.cache  # The optimizer asks for every matrix of every update.
 def fast_dtype(device):
-    """What autocast, frozen models and Muon compute in: bfloat16 where the device multiplies it faster than float32.
+    """What autocast, frozen models and Muon compute in: bfloat16 where the device multiplies it
+    faster than float32.
 
     Many CPUs only emulate it, which is slower.
     """

@@ -1,7 +1,7 @@
 """The rows of RESULTS.md. One command repeats a row, or all: real speech and teachers, or the demo.
 
     python -m tools.results --bert google/bert_uncased_L-2_H-128_A-2   # the demo: an hour a seed
-    python -m tools.results --lab LAB                                  # nineteen hours on a CPU core
+    python -m tools.results --lab LAB                                  # nineteen hours on a core
     python -m tools.results --lab LAB --rows "no KD" "Whisper base" --seeds 0 1 2
     python -m tools.results --lab LAB --rows --figure results.png      # trains nothing
 
