@@ -419,11 +419,12 @@ class Batch:
 
     def to(self, device):
         """The same with its tensors on a device; the waveforms stay where they are."""
+        # A blocking copy would wait for all that the GPU still has to compute.
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
-                setattr(moved, name, value.to(device))
-        moved.embeddings = [embedding.to(device) for embedding in self.embeddings]
+                setattr(moved, name, value.to(device, non_blocking=True))
+        moved.embeddings = [e.to(device, non_blocking=True) for e in self.embeddings]
         return moved
 
 
