@@ -33,7 +33,7 @@ import data
 import model
 from tools import probe, teacher_cache, training
 from tools.command_line import Parser, UserError, one_line_errors, positive_float
-from tools.encoders import SpeechEncoder, noise
+from tools.encoders import SpeechEncoder, noise, split_spec
 from tools.machine import choose_device, fast_dtype
 from tools.muon import Muon, matrices_of, parameters_but
 
@@ -310,6 +310,12 @@ def parse(argv):
         raise UserError(
             f"--weights needs one per teacher: {len(args.teachers)}, found {len(args.weights)}"
         )
+    targets = []
+    for spec in args.teachers:
+        name, layers = split_spec(spec)
+        targets += [(Path(name), layer) for layer in layers]
+    if len(set(targets)) < len(targets):
+        raise UserError("--teachers names a layer twice; a teacher counts more through --weights")
     return args
 
 
@@ -333,9 +339,6 @@ def load_teachers(args, device, print_line):
         teachers.append(teacher)
         weights += [weight / len(teacher.layers)] * len(teacher.layers)
         print_line(f"teacher {teacher}")
-    targets = [(Path(teacher.name), layer) for teacher in teachers for layer in teacher.layers]
-    if len(set(targets)) < len(targets):
-        raise UserError("--teachers names a layer twice; a teacher counts more through --weights")
     widths = {width for teacher in teachers for width in teacher.widths}
     if args.combine != "heads" and len(widths) > 1:
         raise UserError(

@@ -32,6 +32,14 @@ from tools.machine import autocast
 ROUNDING = 3e-3
 
 
+def split_spec(spec):
+    """ "NAME:6,12" -> "NAME", ["6", "12"]; "NAME", or a module of your own -> itself, ["last"]"""
+    if ":" not in spec or ".py:" in spec or Path(spec).exists():
+        return spec, ["last"]
+    name, _, layers = spec.rpartition(":")
+    return name, layers.split(",")
+
+
 class SpeechEncoder:
     """A frozen encoder: SpeechEncoder("NAME[:LAYER,...]").encode(waveforms)
 
@@ -48,11 +56,7 @@ class SpeechEncoder:
 
     def __init__(self, spec, device="cpu", dtype=torch.float32):
         self.spec = spec
-        self.name = spec
-        self.layers = ["last"]
-        if ":" in spec and ".py:" not in spec and not Path(spec).exists():
-            self.name, _, layers = spec.rpartition(":")
-            self.layers = layers.split(",")
+        self.name, self.layers = split_spec(spec)
         try:
             self.model = load_model(self.name, torch.device(device))
             self._check_layers()
@@ -260,7 +264,8 @@ def measure_clock(name, count):
     if (count(samples - 1), count(samples)) != (last - 1, last):
         raise UserError(
             f"teacher {name}: its frames are not a fixed whole number of samples apart: {frames} "
-            f"in {start} samples, {frames + grown} in {later}; make it lengths // hop"
+            f"in {start} samples, {frames + grown} in {later}; a module of your own should give "
+            f"lengths // hop"
         )
     return clock
 
